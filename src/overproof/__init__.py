@@ -1,0 +1,1 @@
+"""Overproof: distil image classifiers that are small, accurate and hard to fool."""

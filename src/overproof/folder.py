@@ -1,0 +1,205 @@
+"""A run is a folder that can be read without Overproof; this file reads and writes it, and needs no torch.
+
+    RUN/
+      config.toml            resolved configuration: `overproof run RUN/config.toml` repeats the run
+      environment.json       versions, device, command, commit
+      status.json            {"state": "running" | "done" | "failed" | "interrupted", "step", "epoch", "message", ...}
+      metrics.jsonl          one JSON object a line and epoch
+      model.json             how to rebuild the model
+      weights/               best.safetensors, last.safetensors
+      checkpoint.pt          everything needed to resume (read with weights_only=True)
+      evaluations/NAME.json  summary, with NAME.npz (a row per sample) and NAME-gallery.npz (a few images)
+      report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from overproof.errors import FolderError
+
+MARKER = "status.json"
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears under `path` complete or not at all.
+
+    Raises:
+        FolderError: the disk is full or not writable; what was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise FolderError(_disk_message(path, error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _disk_message(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return (
+            f"No space is left on the disk for {path}. What was written before is intact: free some space, then continue "
+            f"with `overproof resume {path.parent}`."
+        )
+    return f"Could not write {path}: {error.strerror or error}."
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    with atomic(path) as file:
+        file.write(json.dumps(value, indent=2, default=float).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`.
+
+    Raises:
+        FolderError: absent or not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FolderError(f"{path} does not exist.") from None
+    except (ValueError, OSError) as error:
+        raise FolderError(f"{path} is not readable as JSON ({error}).") from error
+
+
+def write_toml(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a table as TOML, atomically; keys whose value is None are left out."""
+    import tomli_w
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {k: clean(v) for k, v in item.items() if v is not None}
+        return [clean(v) for v in item] if isinstance(item, list | tuple) else item
+
+    with atomic(path) as file:
+        file.write(tomli_w.dumps(clean(value)).encode())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in `path`.
+
+    Raises:
+        FolderError: absent or not TOML; names the line.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FolderError(f"{path} does not exist.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise FolderError(f"{path} is not readable as TOML: {error}.") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as compressed NPZ, atomically."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **dict(arrays))  # type: ignore[arg-type]
+    with atomic(path) as file:
+        file.write(buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Named arrays from an NPZ file; object arrays, which could execute code, are refused.
+
+    Raises:
+        FolderError: absent, truncated or not plain arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise FolderError(f"{path} does not exist.") from None
+    except Exception as error:
+        raise FolderError(f"{path} is not a readable NPZ file of plain arrays ({error}).") from error
+
+
+class RunFolder:
+    """One run folder, by path; everything is read when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.resolve().name
+
+    @property
+    def exists(self) -> bool:
+        """Whether this folder holds a run."""
+        return (self.path / MARKER).is_file()
+
+    def require(self) -> RunFolder:
+        """This folder, or an error if it holds no run.
+
+        Raises:
+            FolderError: there is no run here.
+        """
+        if not self.exists:
+            raise FolderError(f"{self.path} is not a run folder (no {MARKER} in it). Give the folder named by --out.")
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return read_toml(self.path / "config.toml")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device and command."""
+        path = self.path / "environment.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """State of the run."""
+        return dict(read_json(self.path / MARKER))
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Record the state, keeping earlier facts that are not given anew."""
+        known = self.status if self.exists else {}
+        write_json(self.path / MARKER, {**known, "state": state, **facts})
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per finished epoch; a last line cut off by a crash is ignored."""
+        path = self.path / "metrics.jsonl"
+        records = []
+        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """Evaluation summaries by name."""
+        paths = sorted((self.path / "evaluations").glob("*.json"))
+        return {path.stem: dict(read_json(path)) for path in paths}
+
+    def arrays(self, evaluation: str, kind: str = "") -> dict[str, np.ndarray]:
+        """Per-sample records of an evaluation, or with kind="gallery" its example images; {} if not kept."""
+        path = self.path / "evaluations" / (f"{evaluation}-{kind}.npz" if kind else f"{evaluation}.npz")
+        return read_arrays(path) if path.exists() else {}
