@@ -1,1 +1,80 @@
-"""Overproof: distil image classifiers that are small, accurate and hard to fool."""
+"""Overproof: distil image classifiers that are small, accurate and hard to fool.
+
+The public names below are imported when first used: `import overproof` itself is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from overproof.attacks import ATTACKS as ATTACKS
+    from overproof.attacks import FGSM as FGSM
+    from overproof.attacks import L1 as L1
+    from overproof.attacks import L2 as L2
+    from overproof.attacks import PGD as PGD
+    from overproof.attacks import Linf as Linf
+    from overproof.attacks import ascend as ascend
+    from overproof.data import DATA as DATA
+    from overproof.data import ImageSet as ImageSet
+    from overproof.data import Splits as Splits
+    from overproof.data import load_data as load_data
+    from overproof.errors import OverproofError as OverproofError
+    from overproof.errors import UsageError as UsageError
+    from overproof.evaluation import Evaluation as Evaluation
+    from overproof.evaluation import evaluate as evaluate
+    from overproof.features import Tap as Tap
+    from overproof.folder import RunFolder as RunFolder
+    from overproof.methods import METHODS as METHODS
+    from overproof.methods import Objective as Objective
+    from overproof.methods import RobustObjective as RobustObjective
+    from overproof.models import MODELS as MODELS
+    from overproof.models import Classifier as Classifier
+    from overproof.models import create_model as create_model
+    from overproof.report import write_report as write_report
+    from overproof.run.api import distill as distill
+    from overproof.run.api import load as load
+    from overproof.run.api import train as train
+    from overproof.run.execute import Run as Run
+    from overproof.run.execute import resume as resume
+    from overproof.types import Batch as Batch
+    from overproof.types import Output as Output
+    from overproof.types import Progress as Progress
+
+_HOMES = {
+    "attacks": ("ATTACKS", "FGSM", "L1", "L2", "PGD", "Linf", "ascend"),
+    "data": ("DATA", "ImageSet", "Splits", "load_data"),
+    "errors": ("OverproofError", "UsageError"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "features": ("Tap",),
+    "folder": ("RunFolder",),
+    "methods": ("METHODS", "Objective", "RobustObjective"),
+    "models": ("MODELS", "Classifier", "create_model"),
+    "report": ("write_report",),
+    "run.api": ("distill", "load", "train"),
+    "run.execute": ("Run", "resume"),
+    "types": ("Batch", "Output", "Progress"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+try:
+    __version__ = _version("overproof")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"overproof.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'overproof' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -18,6 +18,17 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+@contextmanager
+def quiet_unless(speaking: bool) -> Iterator[None]:
+    """Silence for the `with` block unless `speaking`: of several processes only one reports."""
+    before = _quiet
+    set_quiet(before or not speaking)
+    try:
+        yield
+    finally:
+        set_quiet(before)
+
+
 def note(message: str) -> None:
     """One line for the person."""
     if not _quiet:

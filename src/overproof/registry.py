@@ -9,10 +9,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from overproof.errors import UnknownNameError, UsageError
 
@@ -54,10 +54,13 @@ class Entry:
 
     def options(self) -> dict[str, Option]:
         """The builder's keyword-only arguments by name."""
-        parameters = inspect.signature(self.load(), eval_str=True).parameters.values()
-        return {
-            p.name: Option(p.name, p.annotation, p.default) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        builder = self.load()
+        # A dataclass inherits fields whose annotations only make sense where they were written; get_type_hints looks there.
+        source = builder.__init__ if inspect.isclass(builder) and not is_dataclass(builder) else builder  # type: ignore[misc]
+        hints = get_type_hints(source)
+        parameters = inspect.signature(builder).parameters.values()
+        named = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        return {p.name: Option(p.name, hints.get(p.name, Any), p.default) for p in named}
 
     def positional(self) -> tuple[str, ...]:
         """Names of the builder's positional arguments ("student", "teacher", ...)."""

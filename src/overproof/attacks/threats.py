@@ -1,0 +1,170 @@
+"""What an attacker may do: stay in [0, 1] and within a distance of the image. Distances are in pixel units."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from overproof.errors import UsageError
+
+Norm = Literal["Linf", "L2", "L1"]
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+@dataclass(frozen=True)
+class Threat(ABC):
+    """A ball of radius `eps` around each image, cut with the box [0, 1].
+
+    Args:
+        eps: radius in pixel units, at least 0 and finite.
+
+    Raises:
+        UsageError: the radius is negative, infinite or NaN.
+    """
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise UsageError(f"{type(self).__name__}(eps={self.eps}): the radius must be finite and at least 0.")
+        if isinstance(self, Linf) and self.eps > 1:
+            raise UsageError(f"Linf(eps={self.eps:g}): pixels lie in [0, 1]; write 8/255 for eight grey levels.")
+
+    @abstractmethod
+    def size(self, delta: Tensor) -> Tensor:
+        """Norm of each perturbation, (N,)."""
+
+    @abstractmethod
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        """Direction of size 1 with the largest inner product with `gradient`, from images `at` that stay in the box."""
+
+    @abstractmethod
+    def project(self, candidates: Tensor, images: Tensor) -> Tensor:
+        """Points of the cut ball around `images` that are near `candidates`."""
+
+    @abstractmethod
+    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A start drawn uniformly from the ball, then cut to the box."""
+
+
+@dataclass(frozen=True)
+class Linf(Threat):
+    """No pixel changes by more than `eps`."""
+
+    def size(self, delta: Tensor) -> Tensor:
+        return delta.flatten(1).abs().amax(dim=1)
+
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        return gradient.sign()
+
+    def project(self, candidates: Tensor, images: Tensor) -> Tensor:
+        low, high = (images - self.eps).clamp_(min=0), (images + self.eps).clamp_(max=1)
+        return torch.minimum(torch.maximum(candidates, low), high)
+
+    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.empty_like(images).uniform_(-self.eps, self.eps, generator=generator)
+        return (images + noise).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class L2(Threat):
+    """The Euclidean length of the change is at most `eps`.
+
+    `project` scales to the ball and then cuts to the box: always inside both, though not the nearest point of their
+    intersection where the box is active.
+    """
+
+    def size(self, delta: Tensor) -> Tensor:
+        return delta.flatten(1).norm(dim=1)
+
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        gradient = _movable(gradient, at)
+        return gradient / _per_sample(self.size(gradient).clamp(min=1e-12), gradient)
+
+    def project(self, candidates: Tensor, images: Tensor) -> Tensor:
+        delta = candidates - images
+        scale = (self.eps / self.size(delta).clamp(min=1e-12)).clamp(max=1)
+        return (images + delta * _per_sample(scale, delta)).clamp_(0, 1)
+
+    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        direction = torch.empty_like(images).normal_(generator=generator)
+        radius = self.eps * _uniform(images, generator) ** (1 / images[0].numel())
+        return (images + direction * _per_sample(radius / self.size(direction), images)).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class L1(Threat):
+    """The sum of absolute changes is at most `eps`.
+
+    `project` is the exact nearest point of ball and box together (soft threshold, found by bisection): cutting to the box
+    after projecting on the ball would waste most of an L1 budget (Croce and Hein, ICML 2021).
+    """
+
+    def size(self, delta: Tensor) -> Tensor:
+        return delta.flatten(1).abs().sum(dim=1)
+
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        flat = _movable(gradient, at).flatten(1)
+        best = flat.abs().argmax(dim=1, keepdim=True)
+        return torch.zeros_like(flat).scatter_(1, best, flat.gather(1, best).sign()).view_as(gradient)
+
+    def project(self, candidates: Tensor, images: Tensor) -> Tensor:
+        delta, low, high = (t.flatten(1) for t in (candidates - images, -images, 1 - images))
+
+        def shrunk(threshold: Tensor) -> Tensor:
+            soft = delta.sign() * (delta.abs() - threshold[:, None]).clamp(min=0)
+            return torch.minimum(torch.maximum(soft, low), high)
+
+        threshold = _bisect(lambda t: self.size(shrunk(t)) > self.eps, delta.abs().amax(dim=1))
+        return (images + shrunk(threshold).view_as(images)).clamp_(0, 1)
+
+    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        # Exponential variables divided by the sum of themselves and one more are uniform in the simplex's interior.
+        parts = torch.empty_like(images).exponential_(generator=generator)
+        rest = -torch.log1p(-_uniform(images, generator).clamp(max=1 - 1e-7))
+        signs = torch.empty_like(images).uniform_(-1, 1, generator=generator).sign()
+        return (images + self.eps * signs * parts / _per_sample(self.size(parts) + rest, parts)).clamp_(0, 1)
+
+
+def _movable(gradient: Tensor, at: Tensor) -> Tensor:
+    """The gradient without the components that would only push a saturated pixel out of the box."""
+    stuck = ((at <= 0) & (gradient < 0)) | ((at >= 1) & (gradient > 0))
+    return gradient.masked_fill(stuck, 0)
+
+
+def _uniform(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(len(images), device=images.device, dtype=images.dtype).uniform_(0, 1, generator=generator)
+
+
+def _bisect(too_small: Callable[[Tensor], Tensor], high: Tensor, rounds: int = 40) -> Tensor:
+    """Smallest value in [0, high], per sample, at which `too_small` no longer holds; 0 where it never did."""
+    low = torch.zeros_like(high)
+    outside = too_small(low)
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        raise_it = too_small(middle)
+        low, high = torch.where(raise_it, middle, low), torch.where(raise_it, high, middle)
+    return torch.where(outside, high, torch.zeros_like(high))
+
+
+THREATS: dict[str, type[Threat]] = {"Linf": Linf, "L2": L2, "L1": L1}
+
+
+def make_threat(norm: str, eps: float) -> Threat:
+    """The threat `norm` ("Linf", "L2", "L1") of radius `eps`.
+
+    Raises:
+        UsageError: unknown norm, or a radius out of range.
+    """
+    if norm not in THREATS:
+        raise UsageError(f"Unknown norm {norm!r}; known: {', '.join(THREATS)}.")
+    return THREATS[norm](eps)

@@ -1,0 +1,119 @@
+"""Batches from whatever the user iterates over, checked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overproof.data.order import generator_for
+from overproof.data.pixels import check_images, check_labels, to_float
+from overproof.errors import DataError
+from overproof.types import Batch
+
+
+class IterableLoader:
+    """Batches from an iterable of (images, labels), such as a DataLoader.
+
+    The iterable brings its own batch size and order; `index` is a running count. Each batch is checked. With several
+    processes every one iterates over the same batches and takes its contiguous slice of each. `len()` works where the
+    iterable has a length.
+
+    Args:
+        data: iterable of (images, labels), or of `Batch`; images uint8, or floats in [0, 1], (N, C, H, W). It must be
+            possible to iterate anew for each epoch.
+        classes: number of classes, or their names, to check the labels against.
+        device: where the batches go.
+        augment: see `build_augment`.
+        seed: of the augmentation.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        DataError: (while iterating) an empty iterable, wrong shapes, types, pixels or labels; names the batch.
+    """
+
+    def __new__(cls, data: Iterable[Any], **options: Any) -> IterableLoader:
+        """The class that has `len()` where `data` has one."""
+        chosen = _SizedIterableLoader if cls is IterableLoader and _length(data) is not None else cls
+        return object.__new__(chosen)
+
+    def __init__(
+        self,
+        data: Iterable[Any],
+        *,
+        classes: int | Iterable[str] | None = None,
+        device: torch.device | str = "cpu",
+        augment: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.data, self.device, self.augment, self.seed = data, torch.device(device), augment, seed
+        self.classes = classes if isinstance(classes, int) or classes is None else len(tuple(classes))
+        self.rank, self.world_size = rank, world_size
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one pass, without the first `start`; `epoch` only seeds the augmentation."""
+        count, number = 0, -1
+        for number, item in enumerate(self.data):
+            images, labels = self._pair(item, f"batch {number}")
+            first, count = count, count + len(labels)
+            if number < start:
+                continue
+            batch = self._mine(checked(images, labels, f"batch {number}", self.classes), first)
+            if len(batch):
+                yield self._augmented(batch.to(self.device, non_blocking=True), epoch, number)
+        if number < 0:
+            raise DataError(
+                "The iterable gave no batch: it is empty, or it was used up by an earlier pass (a generator can be used "
+                "once; give something that can be iterated anew, such as a DataLoader or a list)."
+            )
+
+    @staticmethod
+    def _pair(item: Any, place: str) -> tuple[Tensor, Tensor]:
+        if isinstance(item, Batch):
+            return item.images, item.labels
+        pair = isinstance(item, tuple | list) and len(item) == 2
+        if not pair or not all(isinstance(part, Tensor) for part in item):
+            kind = [type(part).__name__ for part in item] if isinstance(item, tuple | list) else type(item).__name__
+            raise DataError(
+                f"{place} is {kind}; expected a pair of tensors (images, labels). A Dataset of single images goes into "
+                "a torch.utils.data.DataLoader first."
+            )
+        return item[0], item[1]
+
+    def _mine(self, batch: Batch, first: int) -> Batch:
+        rows = slice(*(len(batch) * rank // self.world_size for rank in (self.rank, self.rank + 1)))
+        index = torch.arange(first, first + len(batch))
+        return Batch(batch.images[rows], batch.labels[rows], index[rows])
+
+    def _augmented(self, batch: Batch, epoch: int, number: int) -> Batch:
+        if self.augment is None:
+            return batch
+        generator = generator_for("augment", self.seed, epoch, number, self.rank)
+        return Batch(*self.augment(batch.images, batch.labels, generator), batch.index)
+
+
+class _SizedIterableLoader(IterableLoader):
+    def __len__(self) -> int:
+        return _length(self.data) or 0
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # no length, or a DataLoader over an iterable set without one
+        return None
+
+
+def checked(images: Tensor, labels: Tensor, place: str, classes: int | None) -> Batch:
+    """A batch of float32 images in [0, 1] and int64 labels, `index` counting from 0.
+
+    Raises:
+        DataError: wrong shapes, types, pixels or labels; names `place`.
+    """
+    images = to_float(check_images(images, place))
+    return Batch(images, check_labels(labels, len(images), place, classes=classes), torch.arange(len(images)))

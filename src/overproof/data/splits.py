@@ -1,0 +1,119 @@
+"""Dividing a set into parts: per class, by the seed alone, without changing the order of the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overproof.data.images import ImageSet
+from overproof.data.order import generator_for
+from overproof.data.streams import StreamSet
+from overproof.errors import DataError, UsageError
+
+Images = ImageSet | StreamSet
+Parts = dict[str, Images]
+"""What a source gives: "train", and "validation" and "test" where it has them."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The parts of a data set.
+
+    Args:
+        train: what is trained on.
+        validation: what the best weights are chosen on; None if nothing was held out.
+        test: what the result is measured on.
+
+    Raises:
+        DataError: the parts differ in classes or in the shape of the images.
+    """
+
+    train: Images
+    validation: Images | None
+    test: Images
+
+    def __post_init__(self) -> None:
+        for name, part in (("validation", self.validation), ("test", self.test)):
+            if part is not None and part.shape != self.train.shape:
+                raise DataError(
+                    f"{self.train.name}: images of the {name} part are {part.shape}, those of the train part "
+                    f"{self.train.shape} (channels, height, width). Give image_size=..., channels=3."
+                )
+            if part is not None and part.classes != self.train.classes:
+                raise DataError(f"{self.train.name}: the {name} part has other classes than the train part.")
+
+    @property
+    def name(self) -> str:
+        """What the set is called."""
+        return self.train.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names."""
+        return self.train.classes
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return self.train.channels
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the square images."""
+        return self.train.image_size
+
+
+def _shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
+    """Rows of each class that occurs, each in an order drawn from the seed."""
+    generator = generator_for("split", seed)
+    found = []
+    for label in torch.unique(labels).tolist():
+        rows = (labels == label).nonzero().flatten()
+        found.append(rows[torch.randperm(len(rows), generator=generator)])
+    return found
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows held out: the same share of every class, both ascending.
+
+    A class keeps at least one row to train on, so a class with a single image is never held out.
+
+    Args:
+        labels: class numbers (N,).
+        fraction: share to hold out, above 0 and below 1; rounded per class.
+        seed: of the choice.
+
+    Raises:
+        UsageError: the fraction is not between 0 and 1, or so small or large that one part is empty.
+    """
+    if not 0 < fraction < 1:
+        raise UsageError(f"The share to hold out is {fraction}; give a number above 0 and below 1.")
+    groups = _shuffled_classes(labels, seed)
+    held = [rows[: min(round(fraction * len(rows)), len(rows) - 1)] for rows in groups]
+    kept = [rows[len(part) :] for rows, part in zip(groups, held, strict=True)]
+    if not any(len(part) for part in held):
+        raise UsageError(
+            f"Holding out {fraction:g} of {len(labels)} images leaves the held-out part empty; hold out more."
+        )
+    return torch.cat(kept).sort().values, torch.cat(held).sort().values
+
+
+def stratified_subset(labels: Tensor, count: int, seed: int = 0) -> Tensor:
+    """`count` rows, ascending, with the classes in proportion; every class is there if `count` allows it.
+
+    Args:
+        labels: class numbers (N,).
+        count: rows to choose, at least 1; all rows if there are no more.
+        seed: of the choice.
+
+    Raises:
+        UsageError: count is below 1.
+    """
+    if count < 1:
+        raise UsageError(f"A subset of {count} images was asked for; give at least 1.")
+    groups = _shuffled_classes(labels, seed)
+    # the j-th row of a class of n comes at j/n: taking the earliest gives each class its share, and one row at first
+    turn = torch.cat([torch.arange(len(rows), dtype=torch.double) / len(rows) for rows in groups])
+    return torch.cat(groups)[turn.argsort(stable=True)[:count]].sort().values

@@ -1,0 +1,1 @@
+"""Pure functions of logits and features; every one returns a value per sample."""

@@ -1,0 +1,102 @@
+"""Run folders -> report.html, one file that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from overproof.folder import atomic
+from overproof.report import charts
+from overproof.report.drawing import swatch
+from overproof.report.gallery import pictures
+from overproof.report.reading import Run, number, read_runs
+from overproof.report.seeds import group_by_seed
+from overproof.report.table import amount, binomial, columns, duration, notes, percent, row
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    title: str | None = None,
+    baseline: str | None = None,
+) -> Path:
+    """Write the report on one or several runs, from their folders alone.
+
+    Args:
+        folders: run folders; finished, running, failed or damaged.
+        output: the file to write; by default report.html in the run folder, or beside the first of several.
+        title: heading of the page; by default the run's name, or how many runs there are.
+        baseline: with several seeds, the run or group of runs that the others are compared with, seed by seed.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FolderError: a folder does not exist or holds no run, or the page cannot be written.
+        UnknownNameError: there is no run or group called `baseline`.
+    """
+    import jinja2
+
+    runs = read_runs(folders)
+    path = (
+        Path(output)
+        if output
+        else (runs[0].folder.path if len(runs) == 1 else runs[0].folder.path.resolve().parent) / "report.html"
+    )
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "amount": amount, "duration": duration}
+    environment.globals |= {"binomial": binomial, "swatch": swatch, "number": number}
+    html = environment.get_template("page.html").render(_content(runs, title, baseline))
+    with atomic(path) as file:
+        file.write(html.encode("utf-8", "replace"))
+    return path
+
+
+def _content(runs: list[Run], title: str | None, baseline: str | None) -> dict[str, Any]:
+    rows = [row(run) for run in runs]
+    groups = group_by_seed(rows, baseline)
+    galleries = [(run, found) for run in runs if (found := pictures(run))]
+    script = (TEMPLATES / "sort.js").read_text("utf-8").strip()
+    return {
+        "title": title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),
+        "newest": max(filter(None, map(_date, runs)), default=None),
+        "runs": runs,
+        "rows": rows,
+        "groups": groups if baseline or any(group["n"] > 1 for group in groups) else [],
+        "baseline": baseline,
+        "columns": columns,
+        "notes": notes,
+        "scatter": charts.scatter(rows),
+        "training": charts.training(runs),
+        "robustness": charts.robustness(runs),
+        "classes": charts.per_class(runs),
+        "galleries": galleries,
+        "configuration": _configuration,
+        "style": (TEMPLATES / "style.css").read_text("utf-8"),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+
+
+def _date(run: Run) -> str | None:
+    try:
+        changed = (run.folder.path / "status.json").stat().st_mtime
+    except OSError:
+        return None
+    return datetime.fromtimestamp(changed, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _configuration(run: Run) -> str:
+    import tomli_w
+
+    return tomli_w.dumps(run.config).strip()

@@ -1,0 +1,1 @@
+"""The verbs: from a configuration to a finished run folder."""

@@ -1,0 +1,172 @@
+"""The verbs in Python, on the user's own modules and loaders."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from overproof.attacks import ATTACKS
+from overproof.attacks.base import Attack
+from overproof.config import DataConfig, RunConfig, TrainConfig, resolve
+from overproof.data import ImageSet, Splits
+from overproof.errors import UnknownNameError, UsageError
+from overproof.evaluation.evaluator import make_attacks
+from overproof.folder import RunFolder
+from overproof.methods import METHODS
+from overproof.models.weights import load_model
+from overproof.run.execute import Run, execute
+from overproof.run.prepare import USER, Parts, UserData
+
+
+def load(run: str | Path, which: str = "best", *, model: nn.Module | None = None) -> nn.Module:
+    """The trained model of a run folder, in eval mode on the CPU.
+
+    Args:
+        run: a run folder.
+        which: "best" (by validation) or "last".
+        model: a module of the same structure to fill, needed only for a model that Overproof did not build itself.
+
+    Raises:
+        FolderError: no such run or weights, damaged weights, or weights that do not fit. Nothing read is executed.
+    """
+    return load_model(RunFolder(run).require().path, which, model)
+
+
+def train(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    method: str = "ce",
+    out: str | Path | None = None,
+    validation_data: Any = None,
+    test_data: Any = None,
+    attacks: Mapping[str, Any] | Sequence[str] = (),
+    resume: bool = False,
+    **options: Any,
+) -> Run:
+    """Train a classifier and keep the run.
+
+    Args:
+        model: images in [0, 1] -> logits (N, K), trained in place; or a registered name.
+        data: training images: a registered name, `Splits`, `ImageSet`, a Dataset of (image, label), a pair of tensors, or an
+            iterable of (images, labels) that can be walked once an epoch.
+        method: registered name of a method without teacher.
+        out: run folder; the next free `runs/METHOD-n` if None.
+        validation_data: held-out images for choosing the best weights; without them the last are the best.
+        test_data: images for the final evaluation.
+        attacks: for the final evaluation, as in `evaluate`.
+        resume: continue the run in `out`.
+        **options: any key of [train] (epochs, lr, ...), any option of the method, `seed`, or `augment`.
+
+    Returns:
+        The finished run; `model` holds the best weights.
+
+    Raises:
+        UsageError: an unknown option, name or combination.
+    """
+    return _start(None, model, data, locals())
+
+
+def distill(
+    student: nn.Module | str,
+    teacher: nn.Module | str | Path,
+    data: Any,
+    *,
+    method: str = "kd",
+    out: str | Path | None = None,
+    validation_data: Any = None,
+    test_data: Any = None,
+    attacks: Mapping[str, Any] | Sequence[str] = (),
+    resume: bool = False,
+    **options: Any,
+) -> Run:
+    """Train a student that learns from a teacher, and keep the run.
+
+    Args:
+        student: as `model` in `train`.
+        teacher: images in [0, 1] -> logits (N, K), left as it is; or a run folder.
+        data, method, out, validation_data, test_data, attacks, resume, **options: see `train`.
+
+    Returns:
+        The finished run; `student` holds the best weights.
+
+    Raises:
+        UsageError: an unknown option, name or combination.
+    """
+    return _start(teacher, student, data, locals())
+
+
+def _start(teacher: Any, student: Any, data: Any, given: dict[str, Any]) -> Run:
+    method = given["method"]
+    layer = _sort(method, given["options"])
+    own_data = isinstance(data, str)
+    layer["data"] = {"name": data if own_data else USER, **layer["data"]}
+    layer["model"] = {"name": student if isinstance(student, str) else USER}
+    if teacher is not None:
+        own = isinstance(teacher, nn.Module)
+        layer["teacher"] = {"name": USER} if own else {"run": str(teacher)}
+    layer["verb"] = "train" if teacher is None else "distill"
+    attacks = make_attacks(given["attacks"])
+    layer["evaluation"] = {"attacks": _attack_options(attacks)}
+    if own_data and (given["validation_data"] is not None or given["test_data"] is not None):
+        raise UsageError(f"The data set {data!r} brings its own validation and test images; leave validation_data and test_data out.")
+    config = resolve(layer)
+    parts = Parts(
+        student=student if isinstance(student, nn.Module) else None,
+        teacher=teacher if isinstance(teacher, nn.Module) else None,
+        data=None if own_data else _data(data, given["validation_data"], given["test_data"]),
+        attacks=attacks or None,
+    )
+    out = given["out"] if given["out"] is not None else _free(method)
+    return execute(config, out, parts=parts, resume=given["resume"])
+
+
+def _sort(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Each option into the section that knows it."""
+    of_method = METHODS.get(method).options()
+    of_data = {name for name in DataConfig.model_fields if name != "name"}
+    layer: dict[str, Any] = {"train": {}, "method": {"name": method}, "data": {}}
+    for name, value in options.items():
+        if name == "seed":
+            layer["seed"] = value
+        elif name in of_method:
+            layer["method"][name] = value
+        elif name in TrainConfig.model_fields:
+            layer["train"][name] = value
+        elif name in of_data:
+            layer["data"][name] = value
+        else:
+            known = {*of_method, *TrainConfig.model_fields, *of_data, "seed", *inspect.signature(train).parameters} - {"options"}
+            raise UnknownNameError("option", name, known)
+    return layer
+
+
+def _data(data: Any, validation: Any, test: Any) -> Splits | UserData:
+    if isinstance(data, Splits):
+        return data
+    train, validation, test = (_images(part) for part in (data, validation, test))
+    return UserData(train, validation, test, tuple(getattr(train, "classes", ())))
+
+
+def _images(data: Any) -> Any:
+    pair = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    return ImageSet(*data) if pair else data
+
+
+def _attack_options(attacks: dict[str, Attack]) -> dict[str, dict[str, Any]]:
+    """What the configuration can say about attacks: options of those that are registered."""
+    names = {entry.load(): entry.name for entry in ATTACKS.entries()}
+    known = {name: attack for name, attack in attacks.items() if type(attack) in names and is_dataclass(attack)}
+    return {name: {"attack": names[type(attack)], **asdict(attack)} for name, attack in known.items()}  # type: ignore[call-overload]
+
+
+def _free(method: str) -> Path:
+    number = 1
+    while Path(f"runs/{method}-{number}").exists():
+        number += 1
+    return Path(f"runs/{method}-{number}")

@@ -1,0 +1,79 @@
+"""Where a run took place: versions, device, command, commit; and who owns a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overproof.config import RunConfig
+from overproof.errors import FolderError
+from overproof.folder import RunFolder
+
+
+def claim(folder: RunFolder, config: RunConfig, resume: bool) -> None:
+    """Make the folder ours, or say who owns it."""
+    if folder.exists:
+        state = folder.status.get("state")
+        if not resume:
+            raise FolderError(
+                f"{folder.path} holds another run (state: {state}). Choose another --out, or continue it with "
+                f"`overproof resume {folder.path}`."
+            )
+        known = folder.config if (folder.path / "config.toml").exists() else config.table()
+        if known != config.table():
+            changed = _differences(known, config.table())
+            raise FolderError(f"{folder.path} holds a run with another configuration ({changed}). Choose another --out.")
+        return
+    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        raise FolderError(f"{folder.path} exists and is not a run folder. Choose another --out, or empty it.")
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{folder.path} cannot be made: {error.strerror}.") from error
+
+
+def _differences(old: Any, new: Any, place: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [_differences(old.get(k), new.get(k), f"{place}.{k}" if place else k) for k in sorted({*old, *new})]
+        return ", ".join(p for p in parts if p)
+    return "" if old == new else f"{place}: {old!r} there, {new!r} here"
+
+
+def environment(device: Any) -> dict[str, Any]:
+    """Versions, device and command of this process."""
+    versions = {}
+    for name in ("overproof", "torch", "torchvision", "timm", "lightning", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    device = torch.device(device)
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """The commit of the source tree Overproof runs from; empty if it is not one."""
+    here = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 and "site-packages" not in here.parts else ""

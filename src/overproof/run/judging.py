@@ -1,0 +1,102 @@
+"""Evaluate a finished run, or any model with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from overproof.config import RunConfig, resolve
+from overproof.data import Splits
+from overproof.errors import UsageError
+from overproof.evaluation.evaluator import evaluate
+from overproof.evaluation.records import Evaluation
+from overproof.folder import RunFolder
+from overproof.models import create_model
+from overproof.models.weights import fill, load_model, read_state
+from overproof.registry import convert
+from overproof.run.prepare import USER, data_of
+
+
+def evaluate_run(run: str | Path, *, which: str = "best", name: str | None = None, **options: Any) -> Evaluation:
+    """Evaluate the model of a run folder and keep the result in it.
+
+    Args:
+        run: a run folder with weights.
+        which: "best" or "last".
+        name: under which the evaluation is kept; made from the attacks if None.
+        **options: see `_judge`.
+    """
+    folder = RunFolder(run).require()
+    config = RunConfig.model_validate(folder.config)
+    if config.data.name == USER and not options.get("data"):
+        raise UsageError(f"{folder.path} was trained on data of a program; name a data set with --data, or use overproof.evaluate.")
+    result = _judge(load_model(folder.path, which), config, **options)
+    summary = {**result.summary, "weights": which, "model": config.model.name}
+    result = Evaluation(summary, result.samples, result.gallery)
+    result.save(folder.path, name or _name_of(options["attacks"], summary["split"]))
+    return result
+
+
+def evaluate_model(name: str, weights: str | Path | None, **options: Any) -> Evaluation:
+    """Evaluate a model built by name with weights from a file (pretrained ones without a file)."""
+    splits = data_of(resolve({"data": {"name": options["data"]}}, overrides=options.get("overrides", ())))
+    model = create_model(name, len(splits.classes), splits.channels, splits.image_size, pretrained=weights is None)
+    if weights is not None:
+        state, path = read_state(weights), Path(weights)
+        own = set(model.state_dict())
+        # Public checkpoints know nothing of our first layer: they fill the network behind it.
+        fill(model if own & set(state) else model.net, state, path)
+    result = _judge(model.eval(), RunConfig(), **options)
+    return Evaluation({**result.summary, "model": name}, result.samples, result.gallery)
+
+
+def _judge(
+    model: nn.Module,
+    config: RunConfig,
+    *,
+    attacks: Mapping[str, Any],
+    curve: str = "",
+    data: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    teacher: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Evaluation:
+    table = config.table()
+    if data is not None:
+        table["data"] = {"name": data, "validation": config.data.validation}
+    config = resolve(table, overrides=overrides)
+    chosen = _part(data_of(config), split, limit)
+    if teacher is None and config.teacher is not None and config.teacher.run and data is None:
+        teacher = config.teacher.run if RunFolder(config.teacher.run).exists else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = evaluate(
+        model.to(device),
+        chosen,
+        attacks=attacks,
+        curve=[convert(part, float, "--curve") for part in curve.split(",") if part.strip()],
+        teacher=load_model(teacher).to(device) if teacher else None,
+        batch_size=config.evaluation.batch_size,
+        seed=seed,
+    )
+    facts: dict[str, Any] = {"data": config.data.name, "split": split}
+    if teacher:
+        facts["agreement"] = {**result.summary["agreement"], "teacher": str(teacher)}
+    return Evaluation({**result.summary, **facts}, result.samples, result.gallery)
+
+
+def _part(splits: Splits, split: str, limit: int | None) -> Any:
+    chosen = getattr(splits, split)
+    if chosen is None:
+        raise UsageError(f"The data have no {split} split; use --split train, or set data.validation or data.test.")
+    return chosen if limit is None else chosen.subset(torch.arange(min(limit, len(chosen))))
+
+
+def _name_of(attacks: Mapping[str, Any], split: str) -> str:
+    text = "-".join([split, *attacks]) if attacks else split
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[:80]

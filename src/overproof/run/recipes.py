@@ -1,0 +1,134 @@
+"""Recipes: several runs that belong together, in one TOML file, repeated and resumed run by run.
+
+    [recipe]            title, paper, scale ("cpu" or "gpu"), seeds
+    [defaults.SECTION]  what all runs share
+    [runs.NAME]         a run; teacher.run = "@OTHER" refers to the run OTHER of the same recipe
+    [[figures]]         name, run, metric, and the published value with its source, if there is one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from overproof import console
+from overproof.config import RunConfig, merge, parse_override, resolve
+from overproof.errors import UnknownNameError, UsageError
+from overproof.folder import RunFolder, read_toml
+from overproof.run.execute import execute
+
+
+class About(BaseModel):
+    """[recipe]"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    title: str = ""
+    paper: str = ""
+    scale: str = Field("cpu", pattern="^(cpu|gpu)$")
+    seeds: list[int] = [0]
+    notes: str = ""
+
+
+class Figure(BaseModel):
+    """[[figures]]: one number of the paper, and where ours stands in the runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    run: str
+    metric: str
+    evaluation: str = "test-best"
+    minus: str = Field("", description="a run whose figure is subtracted, seed by seed")
+    published: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe."""
+
+    name: str
+    about: About
+    runs: dict[str, dict[str, Any]]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    figures: tuple[Figure, ...] = ()
+
+    def config(self, run: str, out: Path, seed: int, overrides: Iterable[str] = ()) -> RunConfig:
+        """The resolved configuration of one run, its "@" references pointing into `out`."""
+        table = merge(merge(self.defaults, self.runs[run]), {"seed": seed})
+        teacher = table.get("teacher", {}).get("run", "")
+        if teacher.startswith("@"):
+            table = merge(table, {"teacher": {"run": str(out / teacher[1:])}})
+        return resolve(table, overrides=overrides)
+
+
+def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe. A plain run configuration is a recipe with one run.
+
+    Raises:
+        FolderError: absent or not TOML.
+        UsageError: an unknown key, run or reference.
+    """
+    path = Path(path)
+    table = read_toml(path)
+    if "runs" not in table:
+        return Recipe(path.stem, About(title=path.stem), {path.stem: table})
+    for key in table:
+        if key not in ("recipe", "defaults", "runs", "figures"):
+            raise UnknownNameError(f"key of the recipe {path}:", key, ("recipe", "defaults", "runs", "figures"))
+    try:
+        about = About.model_validate(table.get("recipe", {}))
+        found = tuple(Figure.model_validate(figure) for figure in table.get("figures", []))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(f"Recipe {path}, {place} = {first['input']!r}: {first['msg'].lower()}.") from None
+    recipe = Recipe(path.stem, about, table["runs"], table.get("defaults", {}), found)
+    for name in recipe.runs:
+        _check_references(recipe, name, path)
+        recipe.config(name, Path(), 0, overrides)
+    for figure in found:
+        if figure.run not in recipe.runs:
+            raise UnknownNameError(f"run in figure {figure.name!r} of {path}:", figure.run, recipe.runs)
+    return recipe
+
+
+def _check_references(recipe: Recipe, name: str, path: Path) -> None:
+    teacher = merge(recipe.defaults, recipe.runs[name]).get("teacher", {}).get("run", "")
+    before = list(recipe.runs)[: list(recipe.runs).index(name)]
+    if teacher.startswith("@") and teacher[1:] not in before:
+        raise UnknownNameError(f"teacher of run {name!r} in {path} (it must come before):", teacher[1:], before)
+
+
+def run_recipe(
+    recipe: Recipe, out: str | Path, *, seeds: Iterable[int] = (), overrides: Iterable[str] = (), deadline: float | None = None
+) -> dict[int, dict[str, RunFolder]]:
+    """All runs of a recipe, in order; finished ones are kept and unfinished ones resumed.
+
+    Returns:
+        Run folders by seed and name. With one seed they lie in `out/NAME`, else in `out/seed-N/NAME`.
+    """
+    seeds, overrides = tuple(seeds) or tuple(recipe.about.seeds), tuple(overrides)
+    for text in overrides:
+        parse_override(text)
+    folders: dict[int, dict[str, RunFolder]] = {}
+    for seed in seeds:
+        place = Path(out) / f"seed-{seed}" if len(seeds) > 1 else Path(out)
+        for name in recipe.runs:
+            folder = RunFolder(place / name)
+            folders.setdefault(seed, {})[name] = folder
+            known = folder.exists
+            if not (known and folder.status.get("state") == "done"):
+                console.note(f"{'resuming' if known else 'running'} {name}, seed {seed} -> {folder.path}")
+            execute(recipe.config(name, place, seed, overrides), folder.path, resume=known, deadline=deadline)
+    return folders
+
+
+def recipes_home() -> Path:
+    """The folder of the recipes that come with Overproof: inside the installed package, or in the source tree."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent.parent / "recipes"

@@ -1,0 +1,133 @@
+"""Published figures beside ours: recipes -> results/NAME.json -> RESULTS.md. No figure is typed by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overproof import console
+from overproof.errors import UnknownNameError
+from overproof.folder import RunFolder, read_json, write_json
+from overproof.run.recipes import Figure, Recipe, read_recipe, recipes_home, run_recipe
+from overproof.run.seeds import figures, mean_and_error
+from overproof.training.loop import Interrupted
+
+
+def available(home: Path | None = None) -> dict[str, Path]:
+    """Recipes with figures to reproduce, by name."""
+    paths = sorted((home or recipes_home()).glob("*.toml"))
+    return {path.stem: path for path in paths if read_recipe(path).figures}
+
+
+def reproduce(
+    names: Sequence[str] = (),
+    *,
+    minutes: float | None = None,
+    out: Path = Path("runs/reproduce"),
+    results: Path = Path("results"),
+    home: Path | None = None,
+    again: bool = False,
+) -> dict[str, str]:
+    """Run recipes that have no measured row yet; unfinished ones go on where they stopped.
+
+    Args:
+        names: recipes; all that fit this device ("gpu" recipes need one) if empty.
+        minutes: stop in time, with everything resumable.
+        out: where the runs are kept.
+        results: where NAME.json is written.
+        home: folder of recipes.
+        again: also those that have results.
+
+    Returns:
+        By recipe: "measured", "known", "unfinished" or "needs a GPU".
+
+    Raises:
+        UnknownNameError: no such recipe.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    known = available(home)
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("recipe", name, known)
+    states: dict[str, str] = {}
+    for name in names or known:
+        recipe = read_recipe(known[name])
+        if (results / f"{name}.json").exists() and not again:
+            states[name] = "known"
+        elif recipe.about.scale == "gpu" and not torch.cuda.is_available() and not names:
+            states[name] = "needs a GPU"
+        else:
+            states[name] = _measure(recipe, out / name, results, deadline)
+    write_table(results, results.parent / "RESULTS.md", home)
+    return states
+
+
+def _measure(recipe: Recipe, out: Path, results: Path, deadline: float | None) -> str:
+    begun = time.monotonic()
+    if deadline is not None and begun > deadline:
+        return "unfinished"
+    try:
+        folders = run_recipe(recipe, out, deadline=deadline)
+    except Interrupted as stop:
+        console.note(f"{recipe.name}: {stop}")
+        return "unfinished"
+    write_json(results / f"{recipe.name}.json", result_of(recipe, folders))
+    return "measured"
+
+
+def result_of(recipe: Recipe, folders: dict[int, dict[str, RunFolder]]) -> dict[str, Any]:
+    """The content of results/NAME.json."""
+    first = next(iter(next(iter(folders.values())).values()))
+    seen = {key: value for key, value in first.environment.items() if key not in ("command", "platform")}
+    runs = {f"{name}/{seed}": folder for seed, named in folders.items() for name, folder in named.items()}
+    return {
+        "name": recipe.name,
+        "title": recipe.about.title,
+        "paper": recipe.about.paper,
+        "notes": recipe.about.notes,
+        "seeds": list(folders),
+        "figures": [_measured(figure, folders) for figure in recipe.figures],
+        "seconds": {name: folder.status.get("seconds") for name, folder in runs.items()},
+        "environment": seen,
+        "command": f"overproof reproduce {recipe.name}",
+    }
+
+
+def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]]) -> dict[str, Any]:
+    values = []
+    for named in folders.values():
+        value = figures(named[figure.run], figure.evaluation)[figure.metric]
+        values.append(value - (figures(named[figure.minus], figure.evaluation)[figure.metric] if figure.minus else 0))
+    return {**figure.model_dump(), **mean_and_error(values)}
+
+
+def write_table(results: Path, path: Path, home: Path | None = None) -> None:
+    """RESULTS.md from the files in `results`; recipes without a row are named as not measured."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `overproof reproduce` from `results/*.json`. Accuracies in %, ours as mean ± standard error over seeds.",
+    ]
+    for name, recipe_path in available(home).items():
+        about = read_recipe(recipe_path).about
+        lines += ["", f"## {name}", "", about.title + (f" ({about.paper})" if about.paper else "")]
+        lines += [""] + (_rows(read_json(results / f"{name}.json")) if (results / f"{name}.json").exists() else ["Not measured yet."])
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _rows(result: dict[str, Any]) -> list[str]:
+    seen = result["environment"]
+    rows = ["| figure | ours | published | source |", "|---|---|---|---|"]
+    for figure in result["figures"]:
+        error = "" if figure["standard_error"] is None else f" ± {100 * figure['standard_error']:.2f}"
+        published = "" if figure["published"] is None else f"{100 * figure['published']:.2f}"
+        rows.append(f"| {figure['name']} | {100 * figure['mean']:.2f}{error} | {published} | {figure['source']} |")
+    seconds = sum(value or 0 for value in result["seconds"].values())
+    facts = f"{len(result['seeds'])} seed(s), {seen.get('device')}, torch {seen.get('torch')}, commit {seen.get('commit')}, "
+    facts += f"{seen.get('date', '')[:10]}, {seconds:.0f} s of training: `{result['command']}`."
+    notes = [result["notes"], ""] if result["notes"] else []
+    return [*rows, "", *notes, facts]

@@ -1,0 +1,56 @@
+"""The same run for several seeds: mean, standard error, paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overproof import console
+from overproof.config import RunConfig
+from overproof.folder import RunFolder, write_json
+from overproof.run.execute import execute
+
+
+def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, resume: bool = False) -> list[RunFolder]:
+    """One run per seed in `out/seed-N`; finished ones are kept, so that the call can be repeated."""
+    folders = []
+    for seed in seeds:
+        folder = RunFolder(Path(out) / f"seed-{seed}")
+        console.note(f"seed {seed} -> {folder.path}")
+        execute(config.model_copy(update={"seed": seed}), folder.path, resume=resume or folder.exists)
+        folders.append(folder)
+    write_json(Path(out) / "summary.json", over_seeds(folders))
+    return folders
+
+
+def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float]:
+    """The headline figures of a run's evaluation: clean, worst_case, one per attack, agreement, ece, nll."""
+    summary = folder.evaluations.get(evaluation, {})
+    found = {name: summary.get(name) for name in ("clean", "worst_case", "ece", "nll")}
+    found |= {name: facts["robust"] for name, facts in summary.get("attacks", {}).items()}
+    found["agreement"] = (summary.get("agreement") or {}).get("clean")
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, its standard error (None for a single value) and the values."""
+    array = np.asarray(values, dtype=float)
+    error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
+    return {"mean": float(array.mean()), "standard_error": error, "n": len(array), "values": array.tolist()}
+
+
+def over_seeds(folders: Sequence[RunFolder], evaluation: str = "test-best") -> dict[str, Any]:
+    """Each headline figure over runs that differ in the seed."""
+    rows = [figures(folder, evaluation) for folder in folders]
+    return {name: mean_and_error([row[name] for row in rows if name in row]) for name in (rows[0] if rows else {})}
+
+
+def paired(folders: Sequence[RunFolder], baseline: Sequence[RunFolder], evaluation: str = "test-best") -> dict[str, Any]:
+    """Differences to `baseline`, seed by seed: what is common to both cancels, so the error is smaller."""
+    rows = [(figures(a, evaluation), figures(b, evaluation)) for a, b in zip(folders, baseline, strict=True)]
+    names = [name for name in (rows[0][0] if rows else {}) if all(name in a and name in b for a, b in rows)]
+    return {name: mean_and_error([a[name] - b[name] for a, b in rows]) for name in names}

@@ -1,0 +1,284 @@
+"""The training loop: sums what the objective returns, and never loses finished work."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from overproof import console
+from overproof.config import TrainConfig
+from overproof.errors import NonFiniteLossError, OverproofError
+from overproof.folder import RunFolder
+from overproof.methods.objective import Objective
+from overproof.models.weights import save_weights
+from overproof.training.checkpoints import append_metrics, load_checkpoint, save_checkpoint, truncate_metrics
+from overproof.training.meter import Meter
+from overproof.training.schedules import learning_rate, make_optimizer
+from overproof.training.validation import validate
+from overproof.types import Batch, Output, Progress
+
+CHECK_EVERY = 20  # steps between looks at the loss on an accelerator, where looking waits for the device
+
+
+class Interrupted(OverproofError):
+    """Training was stopped from outside; the run can be resumed."""
+
+
+class _Plain(nn.Module):
+    """The objective as Fabric can wrap it: Fabric rebuilds what passes through, which frozen records do not allow."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: dict[str, Tensor], progress: dict[str, int], phase: str) -> dict[str, Any]:
+        return vars(self.objective(Batch(**batch), Progress(**progress), phase))
+
+
+class Trainer:
+    """Trains an objective.
+
+    Args:
+        objective: the method with its student and teacher.
+        loader: training batches; `batches(epoch, start)` and `len`.
+        validation: the same for the validation split, or None.
+        config: how to optimise.
+        folder: where the run is kept.
+        fabric: a launched `lightning.fabric.Fabric`.
+        seed: decides, with step and rank, all randomness of a step.
+        deadline: `time.monotonic()` at which to stop with a checkpoint.
+    """
+
+    def __init__(
+        self, objective: Objective, loader: Any, validation: Any, *, config: TrainConfig, folder: RunFolder, fabric: Any, seed: int,
+        deadline: float | None = None,
+    ) -> None:
+        self.objective, self.loader, self.validation = objective, loader, validation
+        self.config, self.folder, self.fabric, self.seed = config, folder, fabric, seed
+        self.per_epoch = len(loader)
+        self.total = config.epochs * self.per_epoch
+        self.step, self.seconds, self.metrics_size = 0, 0.0, 0
+        self.best: dict[str, Any] = {}
+        self.meter = Meter()
+        self.deadline = deadline if deadline is not None else float("inf")
+        self._stop = False
+        self._recent: list[tuple[int, dict[str, Tensor]]] = []
+        self._set_up()
+
+    def _set_up(self) -> None:
+        config, objective = self.config, self.objective
+        if config.channels_last:
+            objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        objective.to(self.fabric.device)
+        self.averaged = self._averaged_model()
+        if config.compile:
+            for network in (objective.student, objective.teacher):
+                if network is not None:
+                    network.compile()
+        bare = [make_optimizer(config, objective.trainable(phase)) for phase in objective.phases]
+        self.wrapped, *optimizers = self.fabric.setup(_Plain(objective), *bare)
+        self.optimizers = dict(zip(objective.phases, optimizers, strict=True))
+
+    def _averaged_model(self) -> AveragedModel | None:
+        if self.config.averaging == "none":
+            return None
+        rule = get_ema_multi_avg_fn(self.config.ema_decay) if self.config.averaging == "ema" else None
+        averaged = AveragedModel(self.objective.student, multi_avg_fn=rule, use_buffers=True)
+        return averaged.requires_grad_(False).eval()
+
+    @property
+    def model(self) -> nn.Module:
+        """What is validated and kept: the averaged weights once there are any, else the student."""
+        if self.averaged is not None and int(self.averaged.n_averaged) > 0:
+            return self.averaged.module
+        return self.objective.student
+
+    # ---- steps and epochs -------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, from the last checkpoint if there is one.
+
+        Raises:
+            NonFiniteLossError: a loss became NaN or infinite.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+        """
+        self._restore()
+        with self._graceful(), console.bar("training", self.total, self.step) as bar:
+            while self.step < self.total:
+                self._epoch(self.step // self.per_epoch, bar)
+
+    def _epoch(self, epoch: int, bar: console.Bar) -> None:
+        begun, before, images = time.perf_counter(), self.seconds, 0
+        saved = begun
+        self.wrapped.train()
+        for batch in self.loader.batches(epoch, self.step - epoch * self.per_epoch):
+            self._step(batch.to(self.fabric.device), epoch)
+            now = time.perf_counter()
+            self.seconds = before + now - begun
+            images += len(batch) * self.fabric.world_size
+            if self.fabric.device.type == "cpu" or self.step % CHECK_EVERY == 0:
+                bar.update(self.step, images=images, **self.meter.mean("loss", "accuracy"))
+            if self._stop or time.monotonic() > self.deadline:
+                self._checkpoint()
+                raise Interrupted(f"Stopped at step {self.step} of {self.total}; `overproof resume {self.folder.path}` continues.")
+            if now - saved > self.config.checkpoint_seconds and self.step % self.per_epoch:
+                self._checkpoint()
+                saved = now
+        if self.step < (epoch + 1) * self.per_epoch:
+            raise OverproofError(f"The loader promised {self.per_epoch} batches and gave fewer in epoch {epoch}.")
+        self._finish_epoch(epoch, images / max(time.perf_counter() - begun, 1e-9))
+
+    def _step(self, batch: Batch, epoch: int) -> None:
+        # Randomness depends on nothing but seed, step and rank: a resumed run needs no saved generator state.
+        seed = zlib.crc32(f"{self.seed}/{self.step}/{self.fabric.global_rank}".encode())
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed costs a millisecond where there is no accelerator
+        if self.fabric.device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
+        if self.config.channels_last:
+            batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+        progress = Progress(self.step, self.total, epoch)
+        rate = learning_rate(self.config, self.step, self.total)
+        for phase, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            output = Output(**self.wrapped(vars(batch), vars(progress), phase))
+            self._watch(output)
+            self.fabric.backward(sum(output.losses.values()))
+            if self.config.clip is not None:
+                self.fabric.clip_gradients(self.wrapped, optimizer, max_norm=self.config.clip)
+            optimizer.step()
+            self.meter.add(batch, output)
+        self.step += 1
+        self._average()
+
+    def _average(self) -> None:
+        if self.averaged is None:
+            return
+        if self.config.averaging == "ema" or self.step > self.config.swa_start * self.total:
+            self.averaged.update_parameters(self.objective.student)
+
+    def _finish_epoch(self, epoch: int, speed: float) -> None:
+        self._check_finite()
+        begun = time.perf_counter()
+        record = {"epoch": epoch, "step": self.step, "lr": learning_rate(self.config, self.step - 1, self.total)}
+        record |= {"images_per_second": round(speed, 1), "train": self.meter.mean()}
+        self.meter.clear()
+        if self.validation is not None:
+            record["validation"] = self._validate()
+        self.seconds += time.perf_counter() - begun
+        record["seconds"] = round(self.seconds, 3)
+        self._keep(epoch, record)
+        facts = {**{k: record["train"][k] for k in ("loss", "accuracy")}, **record.get("validation", {})}
+        if self.fabric.is_global_zero:
+            self.metrics_size = append_metrics(self.folder.path, record)
+            console.note(f"epoch {epoch + 1}/{self.config.epochs}  " + "  ".join(f"{k} {v:.4f}" for k, v in facts.items()))
+        self.fabric.log_dict({f"validation/{k}": v for k, v in record.get("validation", {}).items()}, step=self.step)
+        self.fabric.log_dict({f"train/{k}": v for k, v in record["train"].items()}, step=self.step)
+        self._checkpoint()
+
+    def _validate(self) -> dict[str, float]:
+        attack = self.objective.validation_attack
+        if attack is not None:
+            attack = replace(attack, steps=self.config.validation_steps)
+        limit = self.config.validation_limit
+        return validate(self.model, self.validation, fabric=self.fabric, attack=attack, limit=limit, seed=self.seed)
+
+    def _keep(self, epoch: int, record: dict[str, Any]) -> None:
+        """Write the last weights, and the best ones: by robust accuracy if it is watched, else by clean accuracy."""
+        found = record.get("validation", {})
+        measure = "robust" if "robust" in found else "clean"
+        better = not found or not self.best or found[measure] > self.best["value"]
+        if better:
+            self.best = {"epoch": epoch, "measure": measure, "value": found.get(measure, 0.0)}
+        if self.fabric.is_global_zero:
+            for which in ("last", "best") if better else ("last",):
+                save_weights(self.model, self.folder.path, which)
+
+    # ---- safety -----------------------------------------------------------------------------------------------------
+
+    def _watch(self, output: Output) -> None:
+        self._recent.append((self.step, {name: value.detach() for name, value in output.losses.items()}))
+        if self.fabric.device.type == "cpu" or len(self._recent) >= CHECK_EVERY:
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        recent, self._recent = self._recent, []
+        if not recent or bool(torch.stack([v for _, terms in recent for v in terms.values()]).isfinite().all()):
+            return
+        step, terms = next((s, t) for s, t in recent if not all(bool(v.isfinite()) for v in t.values()))
+        values = ", ".join(f"{name} = {float(value):g}" for name, value in terms.items())
+        raise NonFiniteLossError(
+            f"The loss is not finite at step {step} of {self.total} (epoch {step // self.per_epoch}): {values}. The last good "
+            f"checkpoint is {self.folder.path / 'checkpoint.pt'}. Try a smaller train.lr (now {self.config.lr:g}), "
+            "train.warmup=1, train.clip=1.0 or train.precision=32."
+        )
+
+    def _checkpoint(self) -> None:
+        self._check_finite()
+        if self.fabric.is_global_zero:
+            state = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "best": self.best,
+                "metrics_size": self.metrics_size,
+                "meter": self.meter.state(),
+                "objective": self.objective.trained_state(),
+                "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
+                "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+                "scaler": self.fabric.strategy.precision.state_dict(),
+            }
+            save_checkpoint(self.folder.path, state)
+            epoch = self.step // self.per_epoch
+            best = self.best.get("epoch")
+            facts = {"step": self.step, "steps": self.total, "epoch": epoch, "epochs": self.config.epochs, "best_epoch": best}
+            self.folder.write_status("running", **facts, seconds=round(self.seconds, 3))
+        self.fabric.barrier()
+
+    def _restore(self) -> None:
+        state = load_checkpoint(self.folder.path)
+        if state is None:
+            self._checkpoint()
+            return
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.metrics_size = state["metrics_size"]
+        self.meter.sums = {name: value.to(self.fabric.device) for name, value in state["meter"]["sums"].items()}
+        self.meter.counts = state["meter"]["counts"]
+        self.objective.load_trained_state(state["objective"])
+        for phase, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][phase])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        if self.fabric.is_global_zero:
+            truncate_metrics(self.folder.path, self.metrics_size)
+
+    @contextlib.contextmanager
+    def _graceful(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the step, then write a checkpoint; a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread() or self.fabric.world_size > 1:
+            yield
+            return
+
+        def request(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            console.note("stopping after this step (again to stop at once)")
+
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

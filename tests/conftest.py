@@ -1,0 +1,41 @@
+"""Small real things that many tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from torch import nn
+
+from overproof.data import Splits, load_data
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Splits:
+    """scikit-learn's real digits."""
+    return load_data("digits", seed=0)
+
+
+@pytest.fixture
+def linear() -> nn.Sequential:
+    """Logits linear in the pixels (two classes, 1x4x4): every optimum is known in closed form."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double()
+    return model
+
+
+@pytest.fixture
+def conv() -> nn.Sequential:
+    """A small network with BatchNorm and dropout: whatever an attack may disturb."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)
+    )

@@ -1,0 +1,170 @@
+"""Methods against their formulas, and the contract over every registered one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from overproof.attacks import PGD
+from overproof.errors import UsageError
+from overproof.losses.divergences import cross_entropy, kl_divergence
+from overproof.methods import METHODS
+from overproof.methods.ard import ARD
+from overproof.methods.ce import CE
+from overproof.methods.kd import KD
+from overproof.methods.pgd_at import PGDAT
+from overproof.methods.rslad import RSLAD
+from overproof.methods.trades import TRADES
+from overproof.testing import check_method, small_batch, small_model
+from overproof.types import Batch, Progress
+
+NOW = Progress()
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_keeps_the_contract(name: str) -> None:
+    entry = METHODS.get(name)
+    check_method(entry.load(), teacher="teacher" in entry.positional())
+
+
+def test_kl_direction_and_gradient() -> None:
+    torch.manual_seed(0)
+    target, logits = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    p, q = target.softmax(1), logits.softmax(1)
+    torch.testing.assert_close(kl_divergence(target, logits), (p * (p.log() - q.log())).sum(1))
+    kl_divergence(target, logits).mean().backward()
+    torch.testing.assert_close(logits.grad, ((q - p) / 5).detach(), atol=1e-12, rtol=0)
+
+
+def test_kd_gradient_and_high_temperature_limit() -> None:
+    """d/dz = w tau/N (p_S - p_T); tau^2 KL -> ||centred difference||^2 / 2K as tau grows."""
+    torch.manual_seed(1)
+    teacher, student = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    tau = 3.0
+    (0.9 * tau**2 * kl_divergence(teacher, student, temperature=tau).mean()).backward()
+    expected = 0.9 * tau / 4 * ((student / tau).softmax(1) - (teacher / tau).softmax(1))
+    torch.testing.assert_close(student.grad, expected.detach(), atol=1e-12, rtol=0)
+    hot = 1e4**2 * kl_divergence(teacher, student.detach(), temperature=1e4)
+    gap = (teacher - teacher.mean(1, keepdim=True)) - (student - student.mean(1, keepdim=True)).detach()
+    torch.testing.assert_close(hot, gap.square().sum(1) / 12, rtol=1e-3, atol=0)
+
+
+def test_kd_terms_are_the_formula() -> None:
+    student, teacher, batch = small_model(0).eval(), small_model(1).eval(), small_batch()
+    losses = KD(student, teacher, temperature=2.0, ce_weight=0.3, kd_weight=0.7)(batch, NOW).losses
+    with torch.no_grad():
+        z, t = student(batch.images), teacher(batch.images)
+    torch.testing.assert_close(losses["ce"].detach(), 0.3 * F.cross_entropy(z, batch.labels))
+    p, q = (t / 2).softmax(1), (z / 2).log_softmax(1)
+    torch.testing.assert_close(losses["kd"].detach(), 0.7 * 4 * (p * (p.log() - q)).sum(1).mean())
+
+
+def test_student_equal_to_teacher_has_no_distance() -> None:
+    student = small_model(0).eval()
+    teacher = copy.deepcopy(student)
+    batch = small_batch()
+    objective = KD(student, teacher, ce_weight=0.0)
+    objective.eval()
+    loss = objective(batch, NOW).losses["kd"]
+    loss.backward()
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert max(float(p.grad.abs().max()) for p in student.parameters()) < 1e-5
+
+
+def test_known_teacher_logits_are_looked_up() -> None:
+    student, teacher, batch = small_model(0).eval(), small_model(1).eval(), small_batch()
+    objective = KD(student, teacher)
+    objective.eval()
+    live = objective(batch, NOW).losses["kd"]
+    table = teacher(batch.images).detach()
+    shuffled = Batch(batch.images.flip(0), batch.labels.flip(0), batch.index.flip(0))
+    objective.remember_teacher(table)
+    torch.testing.assert_close(objective(shuffled, NOW).losses["kd"], live)
+
+
+def test_robust_methods_on_a_linear_student() -> None:
+    """All inner maxima of a linear two-class student are the corner x -+ eps sign(w)."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    batch = Batch(torch.full((3, 1, 4, 4), 0.5), torch.tensor([0, 1, 0]), torch.arange(3))
+    attack = {"eps": 0.1, "step_size": 0.03, "steps": 10}
+    weight = student[1].weight.detach()
+    direction = (weight[1] - weight[0]).sign().view(1, 1, 4, 4)
+    towards = torch.tensor([1.0, -1.0, 1.0]).view(3, 1, 1, 1)
+    corner = batch.images + 0.1 * towards * direction
+    torch.testing.assert_close(
+        PGDAT(student, **attack)(batch, NOW).losses["adversarial"], F.cross_entropy(student(corner), batch.labels), atol=1e-6, rtol=0
+    )
+    with torch.no_grad():
+        target = teacher(batch.images)
+    ard = ARD(student, teacher, **attack)(batch, NOW).losses["ard"]
+    torch.testing.assert_close(ard, kl_divergence(target, student(corner)).mean(), atol=1e-6, rtol=0)
+
+
+def test_rslad_reduces_to_ard_like_term() -> None:
+    student, teacher, batch = small_model(0).eval(), small_model(1).eval(), small_batch()
+    objective = RSLAD(student, teacher, adversarial_weight=1.0)
+    objective.eval()
+    assert set(objective(batch, NOW).losses) == {"adversarial"}
+    both = RSLAD(student, teacher).eval()(batch, NOW).losses
+    clean = kl_divergence(teacher(batch.images), student(batch.images)).mean() / 6
+    torch.testing.assert_close(both["clean"], clean)
+    assert float(both["adversarial"]) / 5 >= float(both["clean"])
+
+
+def test_trades_without_beta_is_cross_entropy() -> None:
+    student, batch = small_model(0).eval(), small_batch()
+    objective = TRADES(student, beta=0.0)
+    objective.eval()
+    losses = objective(batch, NOW).losses
+    torch.testing.assert_close(losses["ce"], CE(student)(batch, NOW).losses["ce"])
+    assert float(losses["trades"]) == 0
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_attack_mode_decides_on_batch_statistics(mode: str) -> None:
+    """eval: one update of the running statistics a step; train: every inner step adds one."""
+    student = small_model(0).train()
+    PGDAT(student, attack_mode=mode, steps=4).train()(small_batch(8), NOW)
+    assert int(student[1].num_batches_tracked) == (1 if mode == "eval" else 5)
+    assert student.training
+
+
+def test_soft_labels_reach_every_method_that_uses_labels() -> None:
+    batch = small_batch()
+    soft = Batch(batch.images, F.one_hot(batch.labels, 3).float(), batch.index)
+    for name in ("ce", "pgd-at"):
+        student = small_model(0).eval()
+        values = []
+        for given in (batch, soft):
+            torch.manual_seed(0)
+            values.append(sum(METHODS.create(name, student)(given, NOW).losses.values()))
+        torch.testing.assert_close(values[0], values[1])
+
+
+def test_validation_attack_follows_the_threat() -> None:
+    attack = PGDAT(small_model(), eps=0.2, norm="L2").validation_attack
+    assert attack == PGD(eps=0.2, norm="L2", steps=10)
+    assert CE(small_model()).validation_attack is None
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(UsageError, match="temperature=0"):
+        KD(small_model(), small_model(), temperature=0)
+    with pytest.raises(UsageError, match="'temprature'.*Did you mean 'temperature'"):
+        METHODS.create("kd", small_model(), small_model(), temprature=3)
+    with pytest.raises(UsageError, match="nowhere|divides by zero"):
+        METHODS.create("pgd-at", small_model(), eps="8/0")
+    assert METHODS.create("pgd-at", small_model(), eps="8/255").threat.eps == 8 / 255
+
+
+def test_label_smoothing_formula() -> None:
+    student, batch = small_model(0).eval(), small_batch()
+    ours = CE(student, label_smoothing=0.2)(batch, NOW).losses["ce"]
+    torch.testing.assert_close(ours, F.cross_entropy(student(batch.images), batch.labels, label_smoothing=0.2))
+    assert cross_entropy(student(batch.images), batch.labels).shape == (len(batch),)

@@ -1,0 +1,414 @@
+"""The report is made from folders alone: finished, running, damaged or hostile ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from overproof.errors import FolderError, UnknownNameError, UsageError
+from overproof.folder import write_arrays, write_json, write_toml
+from overproof.report import group_by_seed, summarise, text_table, write_report
+
+HOSTILE = "<script>alert('x')</script>\"'&$x_1$"
+
+
+def make_run(folder: Path, seed: int = 0, **about) -> Path:
+    """A run folder as the toolkit leaves it. `about`: method, clean, robust, classes, epochs, parameters, attacks, channels."""
+    method, clean, robust = about.get("method", "rslad"), about.get("clean", 0.97), about.get("robust", 0.55)
+    classes = about.get("classes", [str(i) for i in range(10)])
+    epochs, parameters = about.get("epochs", 8), about.get("parameters", 75290)
+    rng = np.random.default_rng(seed)
+    write_toml(
+        folder / "config.toml",
+        {
+            "seed": seed,
+            "out": str(folder),
+            "verb": "distill",
+            "data": {"name": "fashion-mnist", "validation": 0.1, "augment": ["crop"]},
+            "model": {"name": "resnet8"},
+            "teacher": {"run": "runs/teacher"},
+            "method": {"name": method, "temperature": 4.0},
+            "train": {"epochs": epochs, "batch_size": 128, "lr": 0.1},
+        },
+    )
+    write_json(
+        folder / "environment.json",
+        {"python": "3.12.3", "torch": "2.15.0", "device": "cpu", "command": "overproof distill"},
+    )
+    write_json(
+        folder / "status.json",
+        {"state": "done", "epoch": epochs, "epochs": epochs, "seconds": 312.4, "best_epoch": epochs - 2},
+    )
+    write_json(folder / "model.json", {"spec": {"name": "resnet8"}, "class": "ResNet", "parameters": parameters})
+    lines = []
+    for epoch in range(epochs):
+        rise = 1 - math.exp(-(epoch + 1) / epochs * 3)
+        noise = rng.normal(0, 0.01, 4).tolist()
+        train = {
+            "loss": 2.3 - 1.8 * rise + noise[0],
+            "accuracy": 0.1 + 0.85 * rise + noise[1],
+            method: 1.5 - 1.2 * rise,
+            "ce": 0.8 - 0.6 * rise,
+        }
+        found = {"clean": clean * rise + noise[2], "robust": robust * rise + noise[3], "loss": 2.2 - 1.7 * rise}
+        lines.append({"epoch": epoch, "step": 352 * (epoch + 1), "lr": 0.1, "train": train, "validation": found})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if about.get("evaluated", True):
+        write_json(
+            folder / "evaluations" / "test.json",
+            evaluation(clean, robust, classes, about.get("attacks", ("pgd-20", "fgsm"))),
+        )
+        write_arrays(folder / "evaluations" / "test-gallery.npz", gallery(rng, about.get("channels", 1)))
+    return folder
+
+
+def evaluation(clean: float, robust: float, classes: list[str], attacks: tuple[str, ...]) -> dict:
+    facts = {
+        "threat": "Linf",
+        "eps": 0.15,
+        "success_denominator": 970,
+        "mean_size": 0.149,
+        "invalid": 0,
+        "seconds": 2.1,
+    }
+    shares = [min(1.0, max(0.0, clean - 0.1 + 0.2 * math.sin(3 * i))) for i in range(len(classes))]
+    return {
+        "model": "resnet8",
+        "data": "fashion-mnist",
+        "split": "test",
+        "weights": "best",
+        "samples": 1000,
+        "classes": classes,
+        "clean": clean,
+        "attacks": {
+            name: {
+                **facts,
+                "attack": f"{name}(Linf(0.15))",
+                "robust": robust + 0.03 * i,
+                "success_rate": 1 - robust / clean,
+            }
+            for i, name in enumerate(attacks)
+        },
+        "worst_case": robust,
+        "curve": {
+            "attack": "pgd-20",
+            "threat": "Linf",
+            "eps": [0, 0.05, 0.1, 0.15],
+            "robust": [clean, 0.85 * clean, 0.8 * robust, robust / 2],
+        },
+        "agreement": {"teacher": "runs/teacher", "clean": 0.96, "robust": 0.8},
+        "ece": 0.021,
+        "nll": 0.1,
+        "per_class": {
+            "count": [100] * len(classes),
+            "clean": shares,
+            "robust": [0.6 * share for share in shares[:-1]] + [None],
+        },
+        "parameters": 75290,
+        "macs": 12_000_000,
+        "latency_ms": {"batch": 1, "median": 1.234},
+        "device": "cpu",
+        "seconds": 3.4,
+        "warnings": ["one of the images looked back"],
+    }
+
+
+def gallery(rng: np.random.Generator, channels: int) -> dict[str, np.ndarray]:
+    clean = np.zeros((6, channels, 28, 28), np.uint8)
+    grid = np.mgrid[:28, :28]
+    for i in range(6):
+        ring = np.abs(np.hypot(grid[0] - 14, grid[1] - 14) - 4 - i) < 2
+        clean[i] = (ring * np.linspace(255, 160, channels)[:, None, None]).astype(np.uint8)
+    adversarial = np.clip(clean / 255 + 0.15 * rng.choice([-1, 1], clean.shape), 0, 1).astype(np.float32)
+    label = np.arange(6) % 3
+    facts = {
+        "label": label,
+        "clean_prediction": label,
+        "adversarial_prediction": (label + 1) % 3,
+        "attack": np.array(["pgd-20"] * 6),
+    }
+    return {"clean": clean, "adversarial": adversarial, **facts}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements that could run or load something, and unbalanced ones."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text("utf-8")
+        self.scripts, self.loads, self.handlers, self.open = 0, [], [], []
+        self.feed(self.source)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        self.loads += [
+            v
+            for k, v in attrs
+            if k in ("src", "href", "xlink:href") and not v.startswith(("data:image/png;base64,", "#"))
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def page(path: Path) -> Page:
+    found = Page(path)
+    assert (found.scripts, found.loads, found.handlers) == (1, [], [])
+    assert not re.search(r"url\((?!#)", found.source)
+    assert "@import" not in found.source
+    return found
+
+
+def test_one_run(tmp_path):
+    path = write_report([make_run(tmp_path / "rslad-digits")])
+    assert path == tmp_path / "rslad-digits" / "report.html"
+    source = page(path).source
+    assert "<h1>rslad-digits</h1>" in source
+    assert "Robust accuracy (worst case over: pgd-20, fgsm) 55.0 ± 1.6 %" in source
+    assert "binomial standard error" in source
+    assert source.count("data:image/png;base64,") == 18
+    assert "difference &times; 3" in source  # 0.5 / 0.15, rounded down
+    for fact in ("one of the images looked back", "12 M", "1.23 ms", "pgd-20(Linf(0.15))", "temperature = 4.0"):
+        assert fact in source
+    assert 'id="seeds"' not in source
+
+
+def test_drawings_are_small_and_take_the_colours_of_the_page(tmp_path):
+    runs = [make_run(tmp_path / f"run-{i}", i, epochs=400) for i in range(10)]
+    drawings = re.findall(r'<svg viewBox="[\d. ]+" role="img".*?</svg>', page(write_report(runs)).source, re.DOTALL)
+    assert len(drawings) >= 15
+    assert max(map(len, drawings)) < 60_000
+    for drawing in drawings:
+        assert "<text" in drawing
+        assert "currentColor" in drawing
+        assert "var(--s0)" in drawing
+        assert not re.search(r"(fill|stroke): #", drawing)
+    assert "guessing, 1 of 10" in "".join(drawings)
+
+
+def test_many_runs_and_the_best_of_each_column(tmp_path):
+    runs = [make_run(tmp_path / f"m{i}", method=f"m{i}", clean=0.9 + i / 100, robust=0.5 - i / 100) for i in range(6)]
+    path = write_report(runs, title="Six of them")
+    assert path == tmp_path / "report.html"
+    source = page(path).source
+    assert "Robust accuracy over clean accuracy, a dot per run" in source
+    best = re.findall(r'class="number best"[^>]*>([^<]*)<', source)
+    assert sorted(best) == ["50.0 ± 1.6", "50.0 ± 1.6", "53.0 ± 1.6", "95.0 ± 0.7"]  # worst case, pgd-20, fgsm, clean
+
+
+def test_figures_measured_differently_are_not_ranked(tmp_path):
+    runs = [make_run(tmp_path / "a", clean=0.9), make_run(tmp_path / "b", clean=0.8, robust=0.7, attacks=("fgsm",))]
+    source = page(write_report(runs)).source
+    best = re.findall(r'class="number best"[^>]*>([^<]*)<', source)
+    assert "90.0 ± 0.9" in best
+    assert not any("70.0" in cell for cell in best)
+    assert "attacked differently" in source
+
+
+def test_a_run_that_is_not_finished(tmp_path):
+    run = make_run(tmp_path / "young", evaluated=False)
+    write_json(
+        run / "status.json",
+        {"state": "failed", "epoch": 3, "epochs": 8, "message": "The loss is not finite at step 9."},
+    )
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 8, "tra')
+    source = page(write_report([run])).source
+    assert "young: failed" in source
+    assert "3 of 8 epochs done" in source
+    assert "The loss is not finite at step 9." in source
+    assert "No evaluation was made" in source
+    assert "could not be used" not in source  # a cut last line is what a crash leaves behind
+
+
+def test_nothing_but_a_status(tmp_path):
+    write_json(tmp_path / "bare" / "status.json", {"state": "running"})
+    assert "bare: running" in page(write_report([tmp_path / "bare"])).source
+    (row,) = summarise([tmp_path / "bare"])
+    assert row["clean"] is row["robust"] is row["parameters"] is None
+    assert "bare" in text_table([row])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("status.json", b"{"),
+        ("status.json", b"[1]"),
+        ("config.toml", b"a = = 1"),
+        ("environment.json", b"\xff\xfe"),
+        ("model.json", b"null"),
+        ("metrics.jsonl", b"{\n{}\n{}\n"),
+        ("metrics.jsonl", b"\xff\n\xff\n"),
+        ("evaluations/test.json", b'{"clean": "much"}'),
+        ("evaluations/test.json", b"nonsense"),
+        ("evaluations/test-gallery.npz", b"PK nonsense"),
+    ],
+)
+def test_damage_is_named_and_harms_nothing_else(tmp_path, name, content):
+    whole, broken = make_run(tmp_path / "whole"), make_run(tmp_path / "broken", 1)
+    (broken / name).write_bytes(content)
+    source = page(write_report([whole, broken])).source
+    warned = re.search(r"Some files could not be used</strong>(.*?)</div>", source, re.DOTALL)
+    assert warned
+    assert "broken" in warned[1]
+    assert name.split("/")[-1].split(".")[0] in warned[1]
+    assert "97.0 ± 0.5" in source
+
+
+def test_values_of_the_wrong_kind_do_not_stop_the_report(tmp_path):
+    run = make_run(tmp_path / "odd")
+    odd = {
+        "clean": 0.5,
+        "attacks": {"x": {"robust": "high"}, "y": 3},
+        "curve": [1],
+        "per_class": {"clean": ["a", 0.5]},
+        "classes": 7,
+    }
+    write_json(
+        run / "evaluations" / "test.json",
+        {**odd, "samples": float("nan"), "worst_case": None, "latency_ms": {"median": "?"}},
+    )
+    (run / "metrics.jsonl").write_text(
+        '{"epoch": 0, "train": 3, "validation": {"clean": "x"}}\n7\n{"epoch": 1, "train": {"loss": NaN}}\n'
+    )
+    write_arrays(
+        run / "evaluations" / "test-gallery.npz",
+        {"clean": np.zeros((2, 1, 4, 4), np.uint8), "adversarial": np.zeros(3)},
+    )
+    assert "gallery" in page(write_report([run])).source
+
+
+def test_hostile_names_come_out_harmless(tmp_path):
+    run = make_run(
+        tmp_path / "<b onclick=x>", method=HOSTILE, classes=[HOSTILE, "--><b>", "\x00\x1b[31m"], attacks=(HOSTILE,)
+    )
+    write_json(run / "status.json", {"state": HOSTILE, "message": HOSTILE})
+    write_json(run / "environment.json", {HOSTILE: HOSTILE})
+    (run / "evaluations" / "test.json").rename(run / "evaluations" / "test&<i>.json")
+    second = make_run(tmp_path / "second", method=HOSTILE)
+    source = page(write_report([run, second], title=HOSTILE)).source  # `page` finds any element that came alive
+    assert "<b onclick" not in source
+    assert "alert(" in source
+    assert source.count("<script") == 1
+    text = text_table(summarise([run, second]))
+    assert "\x1b" not in text
+
+
+def test_no_torch(tmp_path):
+    run = make_run(tmp_path / "run")
+    code = (
+        "import sys; from overproof.report import *; "
+        f"print(text_table(group_by_seed(summarise([{str(run)!r}])))); write_report([{str(run)!r}]); "
+        "assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (run / "report.html").stat().st_size > 20_000
+
+
+def test_same_folder_same_page(tmp_path):
+    run = make_run(tmp_path / "run")
+    first = write_report([run]).read_bytes()
+    assert write_report([run]).read_bytes() == first
+
+
+def test_summary_of_a_run(tmp_path):
+    (row,) = summarise([make_run(tmp_path / "run", 7, clean=0.9, robust=0.5)])
+    assert {
+        key: row[key]
+        for key in ("name", "method", "data", "model", "parameters", "seed", "agreement", "ece", "seconds")
+    } == {
+        "name": "run",
+        "method": "rslad",
+        "data": "fashion-mnist",
+        "model": "resnet8",
+        "parameters": 75290,
+        "seed": 7,
+        "agreement": 0.96,
+        "ece": 0.021,
+        "seconds": 312.4,
+    }
+    assert row["clean_se"] == pytest.approx(math.sqrt(0.9 * 0.1 / 1000))
+    assert row["robust_se"] == pytest.approx(math.sqrt(0.25 / 1000))
+    assert row["attacks"] == {"pgd-20": 0.5, "fgsm": pytest.approx(0.53)}
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    names = [
+        row["name"]
+        for row in summarise([make_run(tmp_path / "a" / "kd"), make_run(tmp_path / "b" / "kd"), tmp_path / "a" / "kd"])
+    ]
+    assert names == ["a/kd", "b/kd"]
+
+
+def test_text_table_is_aligned(tmp_path):
+    lines = text_table(
+        summarise([make_run(tmp_path / "a"), make_run(tmp_path / "much-longer", 11, clean=1.0)])
+    ).splitlines()
+    head, rule, first, second = lines[:4]
+    assert set(rule) == {"-"}
+    assert head.index("method") == first.index("rslad") == second.index("rslad")
+    assert head.index("clean %") + len("clean %") == first.index("97.0 ± 0.5") + len("97.0 ± 0.5")
+    assert any("worst case over: pgd-20, fgsm" in line for line in lines)
+
+
+def test_seeds_are_taken_together_and_paired(tmp_path):
+    base = [
+        make_run(tmp_path / f"kd-s{s}", s, method="kd", clean=c, robust=0.5) for s, c in enumerate((0.90, 0.92, 0.94))
+    ]
+    ours = [
+        make_run(tmp_path / f"ard-s{s}", s, method="ard", clean=c, robust=0.6) for s, c in enumerate((0.91, 0.94, 0.97))
+    ]
+    alone = make_run(tmp_path / "ce", 5, method="ce", clean=0.8)
+    rows = summarise([*base, *ours, alone])
+    kd, ard, ce = group_by_seed(rows, baseline="kd-s1")
+    assert [g["name"] for g in (kd, ard, ce)] == ["kd", "ard", "ce"]
+    assert (kd["n"], kd["se"], kd["clean"]) == (3, "seeds", pytest.approx(0.92))
+    assert kd["clean_se"] == pytest.approx(0.02 / math.sqrt(3))
+    assert ard["clean_difference"] == pytest.approx(0.02)  # 0.01, 0.02, 0.03
+    assert ard["clean_difference_se"] == pytest.approx(0.01 / math.sqrt(3))
+    assert (ard["clean_difference_n"], ard["robust_difference"], ard["baseline"]) == (3, pytest.approx(0.1), "kd")
+    assert "clean_difference" not in kd
+    assert (ce["n"], ce["se"], ce["clean_difference"]) == (1, "binomial", None)
+    assert ce["clean_se"] == pytest.approx(math.sqrt(0.16 / 1000))
+    assert "+2.0 ± 0.6" in text_table([kd, ard, ce])
+    source = page(write_report([*base, *ours, alone], baseline="kd")).source
+    assert 'id="seeds"' in source
+    assert "standard error of the mean over seeds" in source
+
+
+def test_seeds_measured_differently_are_never_averaged(tmp_path):
+    rows = summarise([make_run(tmp_path / "a-0", 0), make_run(tmp_path / "a-1", 1, attacks=("fgsm",))])
+    assert [group["n"] for group in group_by_seed(rows)] == [1, 1]
+
+
+def test_repeating_a_seed_is_no_second_seed(tmp_path):
+    (group,) = group_by_seed(summarise([make_run(tmp_path / "a", 3), make_run(tmp_path / "b", 3)]))
+    assert (group["n"], group["se"]) == (1, "binomial")
+
+
+def test_errors_say_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match="Name at least one"):
+        write_report([])
+    with pytest.raises(FolderError, match="absent"):
+        summarise([tmp_path / "absent"])
+    with pytest.raises(UnknownNameError, match=r"baseline 'kdd'.*'kd'"):
+        group_by_seed(summarise([make_run(tmp_path / "kd")]), baseline="kdd")
