@@ -130,7 +130,7 @@ def test_cheating_attack_is_caught(conv: nn.Module) -> None:
         threat = Linf(0.01)
         targeted = False
 
-        def __call__(self, model, images, labels, generator=None):  # noqa: ANN001, ANN204
+        def __call__(self, model, images, labels, generator=None):
             return (images + 0.5).clamp(0, 1)
 
     x = torch.rand(8, 1, 8, 8)

@@ -221,9 +221,7 @@ def test_stages_of_other_makers(name: str, expected: tuple[str, ...]) -> None:
 
 
 def test_stages_inside_one_container_and_of_fixed_size() -> None:
-    body = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU()
-    )
+    body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU())
     net = nn.Sequential(body, nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
     norm = nn.BatchNorm2d(4)
     body.insert(1, norm)

@@ -98,7 +98,10 @@ def test_robust_methods_on_a_linear_student() -> None:
     towards = torch.tensor([1.0, -1.0, 1.0]).view(3, 1, 1, 1)
     corner = batch.images + 0.1 * towards * direction
     torch.testing.assert_close(
-        PGDAT(student, **attack)(batch, NOW).losses["adversarial"], F.cross_entropy(student(corner), batch.labels), atol=1e-6, rtol=0
+        PGDAT(student, **attack)(batch, NOW).losses["adversarial"],
+        F.cross_entropy(student(corner), batch.labels),
+        atol=1e-6,
+        rtol=0,
     )
     with torch.no_grad():
         target = teacher(batch.images)

@@ -82,9 +82,7 @@ def test_forward_and_stages(name: str, channels: int, size: int) -> None:
     assert not sides or sides[-1] < sides[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet8", "resnet18", "vgg8", "shufflenetv1", "shufflenetv2", "cnn", "lenet5", "mlp"]
-)
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "vgg8", "shufflenetv1", "shufflenetv2", "cnn", "lenet5", "mlp"])
 def test_stage_is_relu_of_its_preactivation(name: str) -> None:
     model = create_model(name, 5, 3, 32).eval()
     _, features = Tap(model, model.stages + model.preact_stages)(torch.rand(2, 3, 32, 32))
@@ -230,9 +228,7 @@ def test_timm_transformer_takes_the_image_size() -> None:
         create_model("timm:resnet10t", 5, colour="red")
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t", "squeezenet1_0"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t", "squeezenet1_0"])
 def test_torchvision_heads_are_replaced(name: str) -> None:
     import torchvision
 
@@ -275,9 +271,7 @@ def test_pretrained_statistics_and_missing_network(monkeypatch: pytest.MonkeyPat
 
 def test_callable_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(num_classes: int, *, width: int = 4) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
-        )
+        return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
     module = types.ModuleType("users_networks")
     module.build, module.number = build, lambda: 3  # type: ignore[attr-defined]

@@ -82,7 +82,9 @@ class TrainConfig(_Section):
     nesterov: bool = False
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["cosine", "multi-step", "one-cycle", "constant"] = "cosine"
-    milestones: list[float] = Field(default=[0.5, 0.75], description="shares of the training after which lr is multiplied by gamma")
+    milestones: list[float] = Field(
+        default=[0.5, 0.75], description="shares of the training after which lr is multiplied by gamma"
+    )
     gamma: float = Field(0.1, gt=0)
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
@@ -112,7 +114,9 @@ class TrainConfig(_Section):
 class EvaluationConfig(_Section):
     """[evaluation] - what is measured on the test set when training ends."""
 
-    attacks: dict[str, dict[str, Any]] = Field(default_factory=dict, description="attacks by name; key `attack` names the entry")
+    attacks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="attacks by name; key `attack` names the entry"
+    )
     curve: list[Radius] = Field(default_factory=list)
     batch_size: int = Field(256, ge=1)
     weights: list[Literal["best", "last"]] = Field(default=["best", "last"])

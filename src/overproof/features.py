@@ -28,9 +28,7 @@ class _Store:
         if self.features is None:
             return
         if not isinstance(value, Tensor):
-            raise OverproofError(
-                f"The layer {name!r} gives {type(value).__name__}, not a tensor; tap a layer inside it."
-            )
+            raise OverproofError(f"The layer {name!r} gives {type(value).__name__}, not a tensor; tap a layer inside it.")
         self.features[name] = value.clone() if self.copies else value
 
 
@@ -77,9 +75,7 @@ class Tap:
         known = dict(module.named_modules())
         for name in self.names:
             if name.removesuffix(INPUT) not in known:
-                hint = (
-                    f"A layer of {type(module).__name__} is a submodule's path, with {INPUT!r} appended for its input."
-                )
+                hint = f"A layer of {type(module).__name__} is a submodule's path, with {INPUT!r} appended for its input."
                 raise UnknownNameError("layer", name, known.keys() - {""}, hint)
         in_place = any(getattr(layer, "inplace", False) for layer in known.values())
         if any(getattr(layer, "_compiled_call_impl", None) or hasattr(layer, "_orig_mod") for layer in known.values()):
@@ -164,9 +160,7 @@ def penultimate(model: nn.Module) -> str:
         return published
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name]
     if not linear:
-        raise OverproofError(
-            f"{type(model).__name__} has no linear layer; name the layer that gives its feature vector."
-        )
+        raise OverproofError(f"{type(model).__name__} has no linear layer; name the layer that gives its feature vector.")
     return f"{linear[-1]}{INPUT}"
 
 
@@ -185,10 +179,7 @@ def _stages_by_trial(model: nn.Module) -> tuple[str, ...]:
     if conv is None:
         return ()
     prefix, parent = "", model
-    while (
-        len(busy := [(n, c) for n, c in parent.named_children() if any(isinstance(m, nn.Conv2d) for m in c.modules())])
-        == 1
-    ):
+    while len(busy := [(n, c) for n, c in parent.named_children() if any(isinstance(m, nn.Conv2d) for m in c.modules())]) == 1:
         prefix, parent = f"{prefix}{busy[0][0]}.", busy[0][1]
     names = [f"{prefix}{name}" for name, layer in parent.named_children() if not isinstance(layer, POOLS)]
     last: dict[int, str] = {}

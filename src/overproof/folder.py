@@ -1,15 +1,15 @@
 """A run is a folder that can be read without Overproof; this file reads and writes it, and needs no torch.
 
-    RUN/
-      config.toml            resolved configuration: `overproof run RUN/config.toml` repeats the run
-      environment.json       versions, device, command, commit
-      status.json            {"state": "running" | "done" | "failed" | "interrupted", "step", "epoch", "message", ...}
-      metrics.jsonl          one JSON object a line and epoch
-      model.json             how to rebuild the model
-      weights/               best.safetensors, last.safetensors
-      checkpoint.pt          everything needed to resume (read with weights_only=True)
-      evaluations/NAME.json  summary, with NAME.npz (a row per sample) and NAME-gallery.npz (a few images)
-      report.html
+RUN/
+  config.toml            resolved configuration: `overproof run RUN/config.toml` repeats the run
+  environment.json       versions, device, command, commit
+  status.json            {"state": "running" | "done" | "failed" | "interrupted", "step", "epoch", "message", ...}
+  metrics.jsonl          one JSON object a line and epoch
+  model.json             how to rebuild the model
+  weights/               best.safetensors, last.safetensors
+  checkpoint.pt          everything needed to resume (read with weights_only=True)
+  evaluations/NAME.json  summary, with NAME.npz (a row per sample) and NAME-gallery.npz (a few images)
+  report.html
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Entry:
         """The builder's keyword-only arguments by name."""
         builder = self.load()
         # A dataclass inherits fields whose annotations only make sense where they were written; get_type_hints looks there.
-        source = builder.__init__ if inspect.isclass(builder) and not is_dataclass(builder) else builder  # type: ignore[misc]
+        source = builder.__init__ if inspect.isclass(builder) and not is_dataclass(builder) else builder
         hints = get_type_hints(source)
         parameters = inspect.signature(builder).parameters.values()
         named = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]

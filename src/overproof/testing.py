@@ -125,7 +125,7 @@ def _check_forward(objective: Objective, batch: Batch, progress: Progress, phase
         assert bool(value.isfinite()), f"loss term {name!r} is {float(value)}"
     assert output.logits.shape == (len(batch), CLASSES), f"logits have shape {tuple(output.logits.shape)}"
     assert all(p.grad is None for p in objective.parameters()), "the forward left a gradient in a parameter"
-    sum(output.losses.values(), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+    sum(output.losses.values(), torch.zeros(())).backward()
     trainable = list(objective.trainable(phase))
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in trainable), "nothing learns"
     if objective.teacher is not None:
@@ -142,8 +142,8 @@ def _assert_descends(objective: Objective, batch: Batch, progress: Progress, pha
         torch.manual_seed(0)
         optimizer.zero_grad()
         total = sum(objective(batch, progress, phase).losses[name] for name in names)
-        totals.append(float(total.detach()))  # type: ignore[union-attr]
-        total.backward()  # type: ignore[union-attr]
+        totals.append(float(total.detach()))
+        total.backward()
         optimizer.step()
     objective.load_state_dict(state)
     assert min(totals[1:]) < totals[0], f"twelve small steps did not lower the loss: {totals[0]:.4g} -> {totals[-1]:.4g}"

@@ -32,9 +32,7 @@ class Attack(Protocol):
         """Whether `labels` are classes to be reached."""
         ...
 
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images."""
         ...
 

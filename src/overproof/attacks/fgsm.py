@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.ascent import ascend, in_mode
+from overproof.attacks.ascent import Start, ascend, in_mode
 from overproof.attacks.base import BudgetAttack, logits_of
 from overproof.losses.divergences import cross_entropy
 
@@ -29,15 +29,13 @@ class FGSM(BudgetAttack):
 
     random_start: bool = False
 
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images."""
         sign = -1.0 if self.targeted else 1.0
 
         def loss(x: Tensor, rows: Tensor) -> Tensor:
             return sign * cross_entropy(logits_of(model, x), labels[rows])
 
-        start = "uniform" if self.random_start else "image"
+        start: Start = "uniform" if self.random_start else "image"
         with in_mode(model):
             return ascend(loss, images, self.threat, steps=1, step_size=self.eps, start=start, generator=generator)

@@ -47,9 +47,7 @@ class PGD(BudgetAttack):
         if self.steps < 1 or self.restarts < 1:
             raise UsageError(f"PGD(steps={self.steps}, restarts={self.restarts}): both must be at least 1.")
 
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images."""
         with in_mode(model):
             found = self._once(model, images, labels, generator)

@@ -84,7 +84,8 @@ class L2(Threat):
     """
 
     def size(self, delta: Tensor) -> Tensor:
-        return delta.flatten(1).norm(dim=1)
+        norms: Tensor = delta.flatten(1).norm(dim=1)
+        return norms
 
     def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
         gradient = _movable(gradient, at)

@@ -54,7 +54,7 @@ _SOURCES = {
         "https://cs.stanford.edu/~acoates/stl10/",
     ),
     "parquet": ("parquet:parquet", "parquet:DIR - Parquet files in the layout of the Hugging Face Hub."),
-    "hub": ("parquet:hub", "hub:NAME - a set of the Hugging Face Hub (pip install overproof[hub])."),
+    "hub": ("hub:hub", "hub:NAME - a set of the Hugging Face Hub (pip install overproof[hub])."),
     "folder": ("folders:folder", "folder:DIR - images in one folder per class, or in DIR/{train,test}/CLASS."),
 }
 for _name, (_target, _summary, *_url) in _SOURCES.items():

@@ -197,8 +197,11 @@ def _fill(dataset: DecodedDataset, name: str) -> tuple[np.ndarray, dict[int, Unr
 
 def _threads(dataset: DecodedDataset) -> int:
     """One for small images: their decoders are done before another thread has the interpreter."""
-    payload = dataset.items.payload(len(dataset) // 2)
-    size = len(payload) if isinstance(payload, bytes) else payload.stat().st_size
+    try:
+        payload = dataset.items.payload(len(dataset) // 2)
+        size = len(payload) if isinstance(payload, bytes) else payload.stat().st_size
+    except (DataError, OSError, ValueError):  # reported when its turn comes
+        size = 0
     return 1 if size < _SMALL else min(8, os.cpu_count() or 1)
 
 

@@ -79,7 +79,7 @@ def _read(path: Path, top: Path, classes: list[str], how: Decoding) -> Images:
     if not paths:
         known = ", ".join(sorted(EXTENSIONS))
         raise DataError(f"{path} holds no images in its class folders. Known kinds of files: {known}.")
-    return read_images(_Files(paths, top), torch.tensor(labels), classes=classes, name=str(path), how=how)
+    return read_images(_Files(paths, top), torch.tensor(labels), classes=classes, name=f"folder:{top}", how=how)
 
 
 def _classes(path: Path, top: Path) -> list[str]:

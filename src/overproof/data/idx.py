@@ -24,6 +24,7 @@ _FILES = {
 _DIGITS = tuple("0123456789")
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _SYLLABLES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+_PIECE = 1 << 20
 SYSTEM = Path("/usr/share/datasets")  # where Debian's dataset-* packages put theirs
 
 
@@ -124,7 +125,9 @@ def _read_idx(file: IO[bytes] | gzip.GzipFile) -> np.ndarray:
     size = 1
     for length in shape:
         size *= length
-    data = file.read(size + 1)  # one more than announced shows a file that is too long, and bounds a hostile one
+    data = bytearray()
+    while len(data) <= size and (piece := file.read(_PIECE)):  # a header may announce more than any memory holds
+        data += piece
     if len(data) != size:
         raise ValueError(
             f"the header announces {size} bytes, but there are {'more' if len(data) > size else len(data)}"

@@ -95,7 +95,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
     kept = [rows[len(part) :] for rows, part in zip(groups, held, strict=True)]
     if not any(len(part) for part in held):
         raise UsageError(
-            f"Holding out {fraction:g} of {len(labels)} images leaves the held-out part empty; hold out more."
+            f"Holding out {fraction:g} of {len(labels)} images holds out none of any class; hold out more, or nothing (0)."
         )
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
 

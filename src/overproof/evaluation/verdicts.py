@@ -57,10 +57,11 @@ def _targets(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
     shift = torch.randint(1, classes, labels.shape, generator=generator, device=labels.device)
-    return (labels + shift) % classes
+    targets: Tensor = (labels + shift) % classes
+    return targets
 
 
-def seeded(device: torch.device, *parts: int | str) -> torch.Generator:
+def seeded(device: torch.device, *parts: float | str) -> torch.Generator:
     """A generator that depends on nothing but `parts`."""
     seed = zlib.crc32("/".join(map(str, parts)).encode())
     return torch.Generator(device).manual_seed(seed)

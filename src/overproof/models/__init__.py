@@ -63,9 +63,7 @@ _add(
     url="https://arxiv.org/abs/1603.05027",
 )
 for _depth in (8, 11, 13, 16, 19):
-    _add(
-        "vgg", f"vgg{_depth}", f"VGG-{_depth} with batch normalisation and one linear layer.", ("cnn", "cifar"), **_VGG
-    )
+    _add("vgg", f"vgg{_depth}", f"VGG-{_depth} with batch normalisation and one linear layer.", ("cnn", "cifar"), **_VGG)
 _add(
     "mobilenet",
     "mobilenetv2",

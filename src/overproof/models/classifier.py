@@ -35,9 +35,7 @@ class Normalize(nn.Module):
             raise UsageError(f"Normalisation: std={std} must be positive.")
         counts = {len(values) for values, given in ((means, mean), (stds, std)) if isinstance(given, Sequence)}
         if len(counts) > 1:
-            raise UsageError(
-                f"Normalisation: mean has {len(means)} channels, std has {len(stds)}; give as many of each."
-            )
+            raise UsageError(f"Normalisation: mean has {len(means)} channels, std has {len(stds)}; give as many of each.")
         self.channels = counts.pop() if counts else None
         size = self.channels or 1
         for name, values in (("mean", means), ("std", stds)):

@@ -57,9 +57,7 @@ def create_model(
     net = _build(name, sizes, pretrained, options)
     if isinstance(net, Classifier):
         if mean is not None or std is not None:
-            raise UsageError(
-                f"Model {name!r} is a Classifier and normalises its images already; leave out mean and std."
-            )
+            raise UsageError(f"Model {name!r} is a Classifier and normalises its images already; leave out mean and std.")
         net.spec = net.spec or _spec(name, sizes, options, net)
         return net
     if pretrained and mean is None and std is None:
@@ -90,9 +88,7 @@ def rebuild(spec: dict[str, Any], *, trusted: bool = False) -> Classifier:
             "yourself, `overproof.load(run, model=...)`, or say trusted=True."
         )
     if unsafe := [option for option in options if option in _UNSAFE]:
-        raise OverproofError(
-            f"The description of model {name!r} asks to read other files ({', '.join(unsafe)}); refused."
-        )
+        raise OverproofError(f"The description of model {name!r} asks to read other files ({', '.join(unsafe)}); refused.")
     net = _build(name, sizes, False, options)
     if isinstance(net, Classifier):
         net.spec = dict(spec)
@@ -118,9 +114,7 @@ def _build(name: str, sizes: dict[str, int], pretrained: bool, options: dict[str
     if kind == "torchvision" and rest:
         return build_torchvision(rest, sizes, pretrained=pretrained, options=options)
     if pretrained:
-        raise UsageError(
-            f"Model {name!r} has no pretrained weights; use 'timm:NAME' or 'torchvision:NAME', or leave it out."
-        )
+        raise UsageError(f"Model {name!r} has no pretrained weights; use 'timm:NAME' or 'torchvision:NAME', or leave it out.")
     if rest:
         return build_callable(name, sizes, options)
     net: nn.Module = MODELS.create(name, *sizes.values(), **options)

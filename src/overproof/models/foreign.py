@@ -27,9 +27,7 @@ def build_timm(name: str, sizes: dict[str, int], *, pretrained: bool, options: d
         if default is not None and default.fixed_input_size:
             options = {"img_size": sizes["image_size"], **options}
     wanted = {"num_classes": sizes["classes"], "in_chans": sizes["in_channels"], **options}
-    net: nn.Module = _made(
-        f"timm:{name}", pretrained or remote, timm.create_model, name, pretrained=pretrained, **wanted
-    )
+    net: nn.Module = _made(f"timm:{name}", pretrained or remote, timm.create_model, name, pretrained=pretrained, **wanted)
     return net
 
 
@@ -47,9 +45,7 @@ def build_torchvision(name: str, sizes: dict[str, int], *, pretrained: bool, opt
             _read_channels(net, channels)
         return net
     if channels != 3:
-        raise UsageError(
-            f"{label}: the pretrained weights read 3 channels, not {channels}; 'timm:NAME' can adapt them."
-        )
+        raise UsageError(f"{label}: the pretrained weights read 3 channels, not {channels}; 'timm:NAME' can adapt them.")
     net = _made(label, True, torchvision.models.get_model, name, weights="DEFAULT", **options)
     replace_head(net, sizes["classes"])
     return net
@@ -93,9 +89,7 @@ def replace_head(net: nn.Module, classes: int) -> None:
     """
     for path in ("fc", "classifier", "heads", "head"):
         part = _submodule(net, path)
-        layers = (
-            [] if part is None else [(n, m) for n, m in part.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        )
+        layers = [] if part is None else [(n, m) for n, m in part.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         if not layers:
             continue
         name, last = layers[-1]
@@ -128,9 +122,7 @@ def _submodule(net: nn.Module, path: str) -> nn.Module | None:
 def _read_channels(net: nn.Module, channels: int) -> None:
     for path, layer in net.named_modules():
         if isinstance(layer, nn.Conv2d):
-            sizes: dict[str, Any] = {
-                key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation")
-            }
+            sizes: dict[str, Any] = {key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation")}
             new = nn.Conv2d(channels, layer.out_channels, bias=layer.bias is not None, **sizes)
             _put(net, path, new)
             return

@@ -72,8 +72,6 @@ class MobileNetV2(Network):
         return self.fc(global_average(self.head(maps)))  # type: ignore[no-any-return]
 
 
-def mobilenetv2(
-    classes: int, in_channels: int, image_size: int, *, width: float = 0.5, expansion: int = 6
-) -> nn.Module:
+def mobilenetv2(classes: int, in_channels: int, image_size: int, *, width: float = 0.5, expansion: int = 6) -> nn.Module:
     """MobileNetV2; width: factor on the channels, expansion: factor inside the blocks."""
     return MobileNetV2(classes, in_channels, width=width, expansion=expansion)

@@ -85,9 +85,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     for problem, names in (("missing", missing), ("not in the model", extra), ("of another shape", wrong)):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise FolderError(
-                f"{path} does not fit the model: {problem}: {shown}. Is it another architecture or class count?"
-            )
+            raise FolderError(f"{path} does not fit the model: {problem}: {shown}. Is it another architecture or class count?")
     model.load_state_dict(state)
 
 
@@ -106,7 +104,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
+            loaded: dict[str, Tensor] = load_file(path)
+            return loaded
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise FolderError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from overproof.attacks import ATTACKS
 from overproof.attacks.base import Attack
-from overproof.config import DataConfig, RunConfig, TrainConfig, resolve
+from overproof.config import DataConfig, TrainConfig, resolve
 from overproof.data import ImageSet, Splits
 from overproof.errors import UnknownNameError, UsageError
 from overproof.evaluation.evaluator import make_attacks
@@ -114,7 +114,9 @@ def _start(teacher: Any, student: Any, data: Any, given: dict[str, Any]) -> Run:
     attacks = make_attacks(given["attacks"])
     layer["evaluation"] = {"attacks": _attack_options(attacks)}
     if own_data and (given["validation_data"] is not None or given["test_data"] is not None):
-        raise UsageError(f"The data set {data!r} brings its own validation and test images; leave validation_data and test_data out.")
+        raise UsageError(
+            f"The data set {data!r} brings its own validation and test images; leave validation_data and test_data out."
+        )
     config = resolve(layer)
     parts = Parts(
         student=student if isinstance(student, nn.Module) else None,
@@ -141,7 +143,9 @@ def _sort(method: str, options: dict[str, Any]) -> dict[str, Any]:
         elif name in of_data:
             layer["data"][name] = value
         else:
-            known = {*of_method, *TrainConfig.model_fields, *of_data, "seed", *inspect.signature(train).parameters} - {"options"}
+            known = {*of_method, *TrainConfig.model_fields, *of_data, "seed", *inspect.signature(train).parameters} - {
+                "options"
+            }
             raise UnknownNameError("option", name, known)
     return layer
 

@@ -24,7 +24,8 @@ from overproof.methods.objective import Objective
 from overproof.models.weights import fill, load_model, read_state
 from overproof.run.environment import claim, environment
 from overproof.run.prepare import USER, Parts, UserData, borrowed, checked, prepare
-from overproof.training.loop import Interrupted, Trainer
+from overproof.training.loop import Trainer
+from overproof.training.safety import Interrupted
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _launch(config: TrainConfig, folder: RunFolder) -> Any:
         devices=config.devices,
         num_nodes=config.nodes,
         strategy=strategy,
-        precision=f"{config.precision}-true" if config.precision == "32" else config.precision,  # type: ignore[arg-type]
+        precision=f"{config.precision}-true" if config.precision == "32" else config.precision,
         loggers=_loggers(config.loggers, folder),
     )
     fabric.launch()
@@ -139,11 +140,21 @@ def _loggers(names: list[str], folder: RunFolder) -> list[Any]:
         try:
             made.append(makers[name]())
         except ModuleNotFoundError as error:
-            raise UsageError(f"The logger {name!r} is not installed ({error}). Install it: pip install 'overproof[{name}]'.") from None
+            raise UsageError(
+                f"The logger {name!r} is not installed ({error}). Install it: pip install 'overproof[{name}]'."
+            ) from None
     return made
 
 
-def _train(config: RunConfig, objective: Objective, splits: Splits | UserData, *, folder: RunFolder, fabric: Any, deadline: float | None) -> None:
+def _train(
+    config: RunConfig,
+    objective: Objective,
+    splits: Splits | UserData,
+    *,
+    folder: RunFolder,
+    fabric: Any,
+    deadline: float | None,
+) -> None:
     train = config.train
     shared = {"device": fabric.device, "num_workers": train.workers, "classes": len(splits.classes) or None}
     loader = make_loader(
@@ -158,8 +169,12 @@ def _train(config: RunConfig, objective: Objective, splits: Splits | UserData, *
         **shared,
     )
     if not hasattr(loader, "__len__"):
-        raise UsageError("The training data have no length, so the schedule cannot be planned. Give a DataLoader over a sized data set.")
-    validation = make_loader(splits.validation, config.evaluation.batch_size, **shared) if splits.validation is not None else None
+        raise UsageError(
+            "The training data have no length, so the schedule cannot be planned. Give a DataLoader over a sized data set."
+        )
+    validation = (
+        make_loader(splits.validation, config.evaluation.batch_size, **shared) if splits.validation is not None else None
+    )
     trainer = Trainer(
         objective, loader, validation, config=train, folder=folder, fabric=fabric, seed=config.seed, deadline=deadline
     )
@@ -207,7 +222,7 @@ def _judge(
                 seed=config.seed,
                 classes=splits.classes,
             )
-        facts = {"weights": which, "data": config.data.name, "split": "test", "model": config.model.name}
+        facts: dict[str, Any] = {"weights": which, "data": config.data.name, "split": "test", "model": config.model.name}
         if done.summary["agreement"] and config.teacher is not None:
             facts["agreement"] = {**done.summary["agreement"], "teacher": config.teacher.run or config.teacher.name}
         Evaluation({**done.summary, **facts}, done.samples, done.gallery).save(folder.path, f"test-{which}")

@@ -33,7 +33,9 @@ def evaluate_run(run: str | Path, *, which: str = "best", name: str | None = Non
     folder = RunFolder(run).require()
     config = RunConfig.model_validate(folder.config)
     if config.data.name == USER and not options.get("data"):
-        raise UsageError(f"{folder.path} was trained on data of a program; name a data set with --data, or use overproof.evaluate.")
+        raise UsageError(
+            f"{folder.path} was trained on data of a program; name a data set with --data, or use overproof.evaluate."
+        )
     result = _judge(load_model(folder.path, which), config, **options)
     summary = {**result.summary, "weights": which, "model": config.model.name}
     result = Evaluation(summary, result.samples, result.gallery)

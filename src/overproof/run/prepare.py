@@ -57,9 +57,13 @@ def checked(config: RunConfig) -> RunConfig:
     entry.check(config.method.options, "method")
     wants_teacher = "teacher" in entry.positional()
     if wants_teacher and config.teacher is None:
-        raise UsageError(f"The method {config.method.name!r} distils: name a teacher with --teacher RUN (or [teacher] in the recipe).")
+        raise UsageError(
+            f"The method {config.method.name!r} distils: name a teacher with --teacher RUN (or [teacher] in the recipe)."
+        )
     if config.teacher is not None and not wants_teacher:
-        raise UsageError(f"The method {config.method.name!r} has no use for a teacher; use `overproof train`, or another method.")
+        raise UsageError(
+            f"The method {config.method.name!r} has no use for a teacher; use `overproof train`, or another method."
+        )
     if config.train.cache_teacher and config.data.augment:
         raise UsageError(
             f"train.cache_teacher=true is exact only without augmentation, but data.augment is {config.data.augment}. Drop one."
@@ -80,11 +84,10 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     student = parts.student
     if student is None:
         student = _build(config, splits)
-    names = METHODS.get(config.method.name).positional()
     teacher = (parts.teacher or _teacher(config.teacher, splits)) if config.teacher is not None else None
     if teacher is not None and teacher is student:
         raise UsageError("Student and teacher are the same module; give the student its own.")
-    networks = (student, teacher) if "teacher" in names else (student,)
+    networks = (student,) if teacher is None else (student, teacher)
     _probe(networks, splits)
     return METHODS.create(config.method.name, *networks, **config.method.options), splits
 
@@ -130,7 +133,9 @@ def _teacher(config: TeacherConfig, splits: Splits | UserData) -> nn.Module:
     if config.weights:
         fill(model, read_state(config.weights), Path(config.weights))
     elif not config.pretrained:
-        raise UsageError(f"The teacher {config.name!r} has no weights: give teacher.weights=FILE, teacher.pretrained=true or a run.")
+        raise UsageError(
+            f"The teacher {config.name!r} has no weights: give teacher.weights=FILE, teacher.pretrained=true or a run."
+        )
     return model
 
 

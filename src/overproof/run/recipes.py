@@ -1,9 +1,9 @@
 """Recipes: several runs that belong together, in one TOML file, repeated and resumed run by run.
 
-    [recipe]            title, paper, scale ("cpu" or "gpu"), seeds
-    [defaults.SECTION]  what all runs share
-    [runs.NAME]         a run; teacher.run = "@OTHER" refers to the run OTHER of the same recipe
-    [[figures]]         name, run, metric, and the published value with its source, if there is one
+[recipe]            title, paper, scale ("cpu" or "gpu"), seeds
+[defaults.SECTION]  what all runs share
+[runs.NAME]         a run; teacher.run = "@OTHER" refers to the run OTHER of the same recipe
+[[figures]]         name, run, metric, and the published value with its source, if there is one
 """
 
 from __future__ import annotations

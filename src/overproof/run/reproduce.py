@@ -14,7 +14,7 @@ from overproof.errors import UnknownNameError
 from overproof.folder import RunFolder, read_json, write_json
 from overproof.run.recipes import Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.seeds import figures, mean_and_error
-from overproof.training.loop import Interrupted
+from overproof.training.safety import Interrupted
 
 
 def available(home: Path | None = None) -> dict[str, Path]:
@@ -115,7 +115,9 @@ def write_table(results: Path, path: Path, home: Path | None = None) -> None:
     for name, recipe_path in available(home).items():
         about = read_recipe(recipe_path).about
         lines += ["", f"## {name}", "", about.title + (f" ({about.paper})" if about.paper else "")]
-        lines += [""] + (_rows(read_json(results / f"{name}.json")) if (results / f"{name}.json").exists() else ["Not measured yet."])
+        lines += [""] + (
+            _rows(read_json(results / f"{name}.json")) if (results / f"{name}.json").exists() else ["Not measured yet."]
+        )
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from overproof import console
 from overproof.config import RunConfig
-from overproof.folder import RunFolder, write_json
+from overproof.folder import RunFolder
 from overproof.run.execute import execute
 
 
@@ -23,7 +23,6 @@ def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, r
         console.note(f"seed {seed} -> {folder.path}")
         execute(config.model_copy(update={"seed": seed}), folder.path, resume=resume or folder.exists)
         folders.append(folder)
-    write_json(Path(out) / "summary.json", over_seeds(folders))
     return folders
 
 
@@ -41,16 +40,3 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
     array = np.asarray(values, dtype=float)
     error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
     return {"mean": float(array.mean()), "standard_error": error, "n": len(array), "values": array.tolist()}
-
-
-def over_seeds(folders: Sequence[RunFolder], evaluation: str = "test-best") -> dict[str, Any]:
-    """Each headline figure over runs that differ in the seed."""
-    rows = [figures(folder, evaluation) for folder in folders]
-    return {name: mean_and_error([row[name] for row in rows if name in row]) for name in (rows[0] if rows else {})}
-
-
-def paired(folders: Sequence[RunFolder], baseline: Sequence[RunFolder], evaluation: str = "test-best") -> dict[str, Any]:
-    """Differences to `baseline`, seed by seed: what is common to both cancels, so the error is smaller."""
-    rows = [(figures(a, evaluation), figures(b, evaluation)) for a, b in zip(folders, baseline, strict=True)]
-    names = [name for name in (rows[0][0] if rows else {}) if all(name in a and name in b for a, b in rows)]
-    return {name: mean_and_error([a[name] - b[name] for a, b in rows]) for name in names}

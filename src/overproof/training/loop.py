@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from overproof import console
 from overproof.config import TrainConfig
-from overproof.errors import NonFiniteLossError, OverproofError
+from overproof.errors import OverproofError
 from overproof.folder import RunFolder
 from overproof.methods.objective import Objective
 from overproof.models.weights import save_weights
 from overproof.training.checkpoints import append_metrics, load_checkpoint, save_checkpoint, truncate_metrics
 from overproof.training.meter import Meter
+from overproof.training.plain import Plain
+from overproof.training.safety import CHECK_EVERY, Interrupted, LossWatch, Stopper
 from overproof.training.schedules import learning_rate, make_optimizer
 from overproof.training.validation import validate
 from overproof.types import Batch, Output, Progress
-
-CHECK_EVERY = 20  # steps between looks at the loss on an accelerator, where looking waits for the device
-
-
-class Interrupted(OverproofError):
-    """Training was stopped from outside; the run can be resumed."""
-
-
-class _Plain(nn.Module):
-    """The objective as Fabric can wrap it: Fabric rebuilds what passes through, which frozen records do not allow."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, batch: dict[str, Tensor], progress: dict[str, int], phase: str) -> dict[str, Any]:
-        return vars(self.objective(Batch(**batch), Progress(**progress), phase))
 
 
 class Trainer:
@@ -60,7 +41,15 @@ class Trainer:
     """
 
     def __init__(
-        self, objective: Objective, loader: Any, validation: Any, *, config: TrainConfig, folder: RunFolder, fabric: Any, seed: int,
+        self,
+        objective: Objective,
+        loader: Any,
+        validation: Any,
+        *,
+        config: TrainConfig,
+        folder: RunFolder,
+        fabric: Any,
+        seed: int,
         deadline: float | None = None,
     ) -> None:
         self.objective, self.loader, self.validation = objective, loader, validation
@@ -71,14 +60,14 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.deadline = deadline if deadline is not None else float("inf")
-        self._stop = False
-        self._recent: list[tuple[int, dict[str, Tensor]]] = []
+        self.stopper = Stopper()
+        self.watch = LossWatch(folder.path, fabric.device)
         self._set_up()
 
     def _set_up(self) -> None:
         config, objective = self.config, self.objective
         if config.channels_last:
-            objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            objective.to(memory_format=torch.channels_last)
         objective.to(self.fabric.device)
         self.averaged = self._averaged_model()
         if config.compile:
@@ -86,13 +75,13 @@ class Trainer:
                 if network is not None:
                     network.compile()
         bare = [make_optimizer(config, objective.trainable(phase)) for phase in objective.phases]
-        self.wrapped, *optimizers = self.fabric.setup(_Plain(objective), *bare)
+        self.wrapped, *optimizers = self.fabric.setup(Plain(objective), *bare)
         self.optimizers = dict(zip(objective.phases, optimizers, strict=True))
 
     def _averaged_model(self) -> AveragedModel | None:
         if self.config.averaging == "none":
             return None
-        rule = get_ema_multi_avg_fn(self.config.ema_decay) if self.config.averaging == "ema" else None
+        rule = get_ema_multi_avg_fn(self.config.ema_decay) if self.config.averaging == "ema" else None  # type: ignore[no-untyped-call]
         averaged = AveragedModel(self.objective.student, multi_avg_fn=rule, use_buffers=True)
         return averaged.requires_grad_(False).eval()
 
@@ -113,7 +102,7 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
         """
         self._restore()
-        with self._graceful(), console.bar("training", self.total, self.step) as bar:
+        with self.stopper.listening(alone=self.fabric.world_size == 1), console.bar("training", self.total, self.step) as bar:
             while self.step < self.total:
                 self._epoch(self.step // self.per_epoch, bar)
 
@@ -128,9 +117,11 @@ class Trainer:
             images += len(batch) * self.fabric.world_size
             if self.fabric.device.type == "cpu" or self.step % CHECK_EVERY == 0:
                 bar.update(self.step, images=images, **self.meter.mean("loss", "accuracy"))
-            if self._stop or time.monotonic() > self.deadline:
+            if self.stopper.stop or time.monotonic() > self.deadline:
                 self._checkpoint()
-                raise Interrupted(f"Stopped at step {self.step} of {self.total}; `overproof resume {self.folder.path}` continues.")
+                raise Interrupted(
+                    f"Stopped at step {self.step} of {self.total}; `overproof resume {self.folder.path}` continues."
+                )
             if now - saved > self.config.checkpoint_seconds and self.step % self.per_epoch:
                 self._checkpoint()
                 saved = now
@@ -153,7 +144,7 @@ class Trainer:
                 group["lr"] = rate
             optimizer.zero_grad()
             output = Output(**self.wrapped(vars(batch), vars(progress), phase))
-            self._watch(output)
+            self.watch.see(self.step, output)
             self.fabric.backward(sum(output.losses.values()))
             if self.config.clip is not None:
                 self.fabric.clip_gradients(self.wrapped, optimizer, max_norm=self.config.clip)
@@ -169,9 +160,13 @@ class Trainer:
             self.averaged.update_parameters(self.objective.student)
 
     def _finish_epoch(self, epoch: int, speed: float) -> None:
-        self._check_finite()
+        self.watch.check()
         begun = time.perf_counter()
-        record = {"epoch": epoch, "step": self.step, "lr": learning_rate(self.config, self.step - 1, self.total)}
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "step": self.step,
+            "lr": learning_rate(self.config, self.step - 1, self.total),
+        }
         record |= {"images_per_second": round(speed, 1), "train": self.meter.mean()}
         self.meter.clear()
         if self.validation is not None:
@@ -207,25 +202,8 @@ class Trainer:
 
     # ---- safety -----------------------------------------------------------------------------------------------------
 
-    def _watch(self, output: Output) -> None:
-        self._recent.append((self.step, {name: value.detach() for name, value in output.losses.items()}))
-        if self.fabric.device.type == "cpu" or len(self._recent) >= CHECK_EVERY:
-            self._check_finite()
-
-    def _check_finite(self) -> None:
-        recent, self._recent = self._recent, []
-        if not recent or bool(torch.stack([v for _, terms in recent for v in terms.values()]).isfinite().all()):
-            return
-        step, terms = next((s, t) for s, t in recent if not all(bool(v.isfinite()) for v in t.values()))
-        values = ", ".join(f"{name} = {float(value):g}" for name, value in terms.items())
-        raise NonFiniteLossError(
-            f"The loss is not finite at step {step} of {self.total} (epoch {step // self.per_epoch}): {values}. The last good "
-            f"checkpoint is {self.folder.path / 'checkpoint.pt'}. Try a smaller train.lr (now {self.config.lr:g}), "
-            "train.warmup=1, train.clip=1.0 or train.precision=32."
-        )
-
     def _checkpoint(self) -> None:
-        self._check_finite()
+        self.watch.check()
         if self.fabric.is_global_zero:
             state = {
                 "step": self.step,
@@ -262,23 +240,3 @@ class Trainer:
         self.fabric.strategy.precision.load_state_dict(state["scaler"])
         if self.fabric.is_global_zero:
             truncate_metrics(self.folder.path, self.metrics_size)
-
-    @contextlib.contextmanager
-    def _graceful(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the step, then write a checkpoint; a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread() or self.fabric.world_size > 1:
-            yield
-            return
-
-        def request(number: int, frame: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            console.note("stopping after this step (again to stop at once)")
-
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -1,0 +1,145 @@
+"""evaluate, report, list, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from overproof.cli.options import Json, Plugin, Set, attacks_of, plugins, show
+from overproof.errors import UsageError
+
+
+def evaluate(
+    run: Path | None = None,
+    *,
+    attack: tuple[str, ...] = (),
+    curve: str = "",
+    data: str | None = None,
+    split: Literal["train", "validation", "test"] = "test",
+    limit: int | None = None,
+    which: Literal["best", "last"] = "best",
+    model: str | None = None,
+    weights: Path | None = None,
+    teacher: Path | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    set_: Set = (),
+    plugin: Plugin = (),
+    json_: Json = False,
+) -> None:
+    """Measure a run, or any model with weights, on clean and attacked images.
+
+    Parameters
+    ----------
+    run
+        A run folder; the evaluation is kept in it.
+    attack
+        NAME[:key=value,...]; repeatable. --set attack.eps=8/255 applies to all.
+    curve
+        Comma-separated radii for a robustness curve of the first attack, such as 0,2/255,4/255,8/255.
+    data
+        Another data set than the run's own.
+    limit
+        Use only the first so many test images.
+    model
+        Instead of a run: a model by name; with --weights FILE (safetensors or a state dict of plain tensors).
+    teacher
+        A run folder, for the agreement with it.
+    name
+        Under which the evaluation is kept; made from the attacks if absent.
+    """
+    plugins(plugin)
+    attacks, overrides = attacks_of(attack, set_)
+    from overproof.run.judging import evaluate_model, evaluate_run
+
+    options: dict[str, Any] = {"attacks": attacks, "curve": curve, "data": data, "split": split, "limit": limit, "seed": seed}
+    options |= {"teacher": teacher, "overrides": overrides}
+    if run is not None:
+        result = evaluate_run(run, which=which, name=name, **options)
+    elif model is not None and data is not None:
+        result = evaluate_model(model, weights, **options)
+    else:
+        raise UsageError(
+            "Name a run folder, or a model and data: overproof evaluate --model timm:NAME --weights FILE --data NAME."
+        )
+    show(result.summary, json_, _evaluation_text(result.summary))
+
+
+def _evaluation_text(summary: dict[str, Any]) -> str:
+    lines = [f"{summary['samples']} images, clean accuracy {summary['clean']:.2%}"]
+    for name, facts in summary["attacks"].items():
+        lines.append(
+            f"  {name:24} {facts['threat']}({facts['eps']:.5g})  robust accuracy {facts['robust']:.2%}  {facts['seconds']:.1f} s"
+        )
+    if summary["worst_case"] is not None:
+        lines.append(f"  {'worst case':24} robust accuracy {summary['worst_case']:.2%}")
+    if summary["curve"]:
+        pairs = zip(summary["curve"]["eps"], summary["curve"]["robust"], strict=True)
+        lines.append("  curve: " + "  ".join(f"{eps:.4g}: {robust:.2%}" for eps, robust in pairs))
+    if summary["agreement"]:
+        lines.append(f"  agreement with the teacher {summary['agreement']['clean']:.2%}")
+    lines.append(f"  ECE {summary['ece']:.4f}  NLL {summary['nll']:.4f}  {summary['parameters']:,} parameters")
+    return "\n".join(lines + [f"  warning: {text}" for text in summary["warnings"]])
+
+
+def report(
+    runs: tuple[Path, ...], *, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None, json_: Json = False
+) -> None:
+    """Write one page about one or several runs, from their folders alone."""
+    from overproof.folder import RunFolder
+    from overproof.report import summarise, write_report
+
+    folders = [RunFolder(run).require().path for run in runs]
+    page = write_report(folders, output)
+    show({"report": str(page), "runs": summarise(folders)}, json_, str(page))
+
+
+def list_entries(
+    kind: Literal["methods", "attacks", "models", "data", "guards", "probes"], *, plugin: Plugin = (), json_: Json = False
+) -> None:
+    """Name everything of one kind, with paper and tags."""
+    plugins(plugin)
+    import importlib
+
+    rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA"}
+    entries = getattr(importlib.import_module(f"overproof.{kind}"), rooms[kind]).entries() if kind in rooms else []
+    rows = [{"name": e.name, "summary": e.summary, "paper": e.paper, "url": e.url, "tags": list(e.tags)} for e in entries]
+    width = max((len(row["name"]) for row in rows), default=0)
+    show(rows, json_, "\n".join(f"{row['name']:{width}}  {row['summary']}" for row in rows) or f"There are no {kind} yet.")
+
+
+def show_one(what: str, *, plugin: Plugin = (), json_: Json = False) -> None:
+    """Tell what a run folder holds, or what options a method, attack, model or data set takes."""
+    plugins(plugin)
+    from overproof.folder import RunFolder
+
+    if RunFolder(what).exists:
+        from overproof.report import summarise, text_table
+
+        folder = RunFolder(what)
+        facts: dict[str, Any] = {"status": folder.status, "config": folder.config, "runs": summarise([folder.path])}
+        state = f"{folder.path}: {folder.status['state']} {folder.status.get('message', '')}"
+        show(facts, json_, f"{state}\n\n{(folder.path / 'config.toml').read_text()}\n{text_table(facts['runs'])}")
+        return
+    entry, kind = _entry(what)
+    options = [{"name": o.name, "type": o.type_name, "default": str(o.default)} for o in entry.options().values()]
+    text = f"{entry.name} ({kind}): {entry.summary}\n{entry.paper} {entry.url}\n\n"
+    text += "\n".join(f"  {o['name']} = {o['default']}  ({o['type']})" for o in options)
+    facts = {"name": entry.name, "kind": kind, "summary": entry.summary, "paper": entry.paper, "options": options}
+    show(facts, json_, f"{text}\n\n{entry.load().__doc__ or ''}")
+
+
+def _entry(name: str) -> tuple[Any, str]:
+    from overproof.attacks import ATTACKS
+    from overproof.data import DATA
+    from overproof.errors import UnknownNameError
+    from overproof.methods import METHODS
+    from overproof.models import MODELS
+
+    tables = (METHODS, ATTACKS, MODELS, DATA)
+    for table in tables:
+        if name in table:
+            return table.get(name), table.kind
+    raise UnknownNameError("run folder or name", name, [n for table in tables for n in table.names()])

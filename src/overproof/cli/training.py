@@ -1,0 +1,140 @@
+"""train, distill, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from overproof.cli.options import Json, Plugin, Seeds, Set, attacks_of, devices_of, layer, numbers, plugins, show_runs
+
+
+def _execute(
+    table: dict[str, Any], overrides: Sequence[str], *, config: Path | None, out: Path, seeds: str, as_json: bool
+) -> None:
+    from overproof.config import read_config, resolve
+
+    resolved = resolve(read_config(config) if config else {}, table, overrides=overrides)
+    chosen = numbers(seeds)
+    if len(chosen) > 1:
+        from overproof.run.seeds import execute_seeds
+
+        folders = execute_seeds(resolved, out, chosen)
+    else:
+        from overproof.run.execute import execute
+
+        if chosen:
+            resolved = resolved.model_copy(update={"seed": chosen[0]})
+        folders = [execute(resolved, out).folder]
+    show_runs(folders, out / "report.html", as_json)
+
+
+def train(
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    method: str | None = None,
+    out: Path,
+    config: Path | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    augment: tuple[str, ...] = (),
+    attack: tuple[str, ...] = (),
+    devices: str | None = None,
+    nodes: int | None = None,
+    precision: str | None = None,
+    seed: int | None = None,
+    seeds: Seeds = "",
+    set_: Set = (),
+    plugin: Plugin = (),
+    json_: Json = False,
+) -> None:
+    """Train a classifier: alone, adversarially, or with any method that needs no teacher.
+
+    Parameters
+    ----------
+    data
+        A registered set, parquet:DIR, hub:NAME or folder:DIR.
+    model
+        A registered model, timm:NAME, torchvision:NAME or module.path:callable.
+    method
+        A registered method without teacher (`overproof list methods`).
+    out
+        The run folder to be made.
+    config
+        TOML file to begin with, such as RUN/config.toml.
+    augment
+        crop, flip, cutout:8, randaugment:2:9, mixup:0.2, cutmix:1.0; repeatable.
+    attack
+        NAME[:key=value,...] for the final evaluation; repeatable.
+    """
+    plugins(plugin)
+    attacks, overrides = attacks_of(attack, set_)
+    table = layer(
+        verb="train", data__name=data, data__augment=augment, model__name=model, method__name=method, seed=seed,
+        train__epochs=epochs, train__batch_size=batch_size, train__lr=lr, train__devices=devices_of(devices), train__nodes=nodes,
+        train__precision=precision, evaluation__attacks=attacks or None,
+    )  # fmt: skip
+    _execute(table, overrides, config=config, out=out, seeds=seeds, as_json=json_)
+
+
+def distill(
+    *,
+    teacher: str | None = None,
+    student: str | None = None,
+    data: str | None = None,
+    method: str = "kd",
+    out: Path,
+    config: Path | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    augment: tuple[str, ...] = (),
+    attack: tuple[str, ...] = (),
+    devices: str | None = None,
+    nodes: int | None = None,
+    precision: str | None = None,
+    seed: int | None = None,
+    seeds: Seeds = "",
+    set_: Set = (),
+    plugin: Plugin = (),
+    json_: Json = False,
+) -> None:
+    """Train a student that learns from a teacher.
+
+    Parameters
+    ----------
+    teacher
+        The run folder of the teacher (other teachers: --set teacher.name=timm:NAME --set teacher.pretrained=true).
+    student
+        A registered model, timm:NAME, torchvision:NAME or module.path:callable.
+    data
+        A registered set, parquet:DIR, hub:NAME or folder:DIR.
+    method
+        A registered method with a teacher (`overproof list methods`).
+    out
+        The run folder to be made.
+    config
+        TOML file to begin with, such as RUN/config.toml.
+    augment
+        crop, flip, cutout:8, randaugment:2:9, mixup:0.2, cutmix:1.0; repeatable.
+    attack
+        NAME[:key=value,...] for the final evaluation; repeatable.
+    """
+    plugins(plugin)
+    attacks, overrides = attacks_of(attack, set_)
+    table = layer(
+        verb="distill", data__name=data, data__augment=augment, model__name=student, method__name=method, teacher__run=teacher,
+        seed=seed, train__epochs=epochs, train__batch_size=batch_size, train__lr=lr, train__devices=devices_of(devices),
+        train__nodes=nodes, train__precision=precision, evaluation__attacks=attacks or None,
+    )  # fmt: skip
+    _execute(table, overrides, config=config, out=out, seeds=seeds, as_json=json_)
+
+
+def resume(run: Path, *, plugin: Plugin = (), json_: Json = False) -> None:
+    """Continue an interrupted run to the end."""
+    plugins(plugin)
+    from overproof.run.execute import resume as continue_run
+
+    show_runs([continue_run(run).folder], run / "report.html", json_)
