@@ -127,20 +127,26 @@ def test_cutmix_pastes_one_box_and_weighs_by_area(seed):
     values = torch.linspace(0, 1, 16)
     images = values[:, None, None, None].expand(16, 1, 12, 10)
     found, weights = CutMix(1.0, 16)(images, torch.arange(16), generator(seed))
-    foreign = found != images
-    moved = foreign.any(dim=(1, 2, 3)) if foreign.dim() == 4 else foreign
+    foreign = (found != images).squeeze(1)
+    box = foreign.any(dim=0)
+    share = 1 - box.float().mean()
+    assert box.sum() == box.any(dim=1).sum() * box.any(dim=0).sum()
     for i in range(16):
-        if not moved[i]:
-            assert weights[i, i] == pytest.approx(1 - 0 if not foreign[moved].any() else 1, abs=1e-5)
-            continue
-        inside = foreign[i, 0]
-        assert inside.sum() == inside.any(dim=1).sum() * inside.any(dim=0).sum()
-        other = int((values - found[i, 0][inside][0]).abs().argmin())
-        share = 1 - inside.float().mean()
-        expected = share * F.one_hot(torch.tensor(i), 16) + (1 - share) * F.one_hot(torch.tensor(other), 16)
-        assert weights[i].allclose(expected, atol=1e-5)
-    if moved.any():
-        assert foreign[moved].eq(foreign[moved][:1]).all()
+        assert not foreign[i].any() or foreign[i].equal(box)  # an image that is its own partner shows no box
+        other = int((values - found[i, 0][foreign[i]][0]).abs().argmin()) if foreign[i].any() else i
+        own, others = (F.one_hot(torch.tensor(k), 16) for k in (i, other))
+        assert weights[i].allclose(share * own + (1 - share) * others, atol=1e-5)
+
+
+def test_cutmix_boxes_differ_and_cover_about_the_share_drawn(labels):
+    images = torch.arange(64.0)[:, None, None, None].expand(64, 1, 16, 16) / 64
+    areas = []
+    for seed in range(200):
+        found, _ = CutMix(1.0, 64)(images, torch.arange(64), generator(seed))
+        areas.append((found != images).any(dim=0).float().mean().item())
+    # 1 - lambda is uniform, but boxes are cut off at the border, on average to about two thirds
+    assert 0.2 < sum(areas) / 200 < 0.4
+    assert len(set(areas)) > 50
 
 
 def test_steps_follow_each_other_with_one_generator(images, labels):

@@ -13,7 +13,9 @@ from overproof.folder import read_arrays, read_json, read_toml, write_toml
 from overproof.registry import Registry, convert, load_plugin
 
 
-def builder(student: object, *, temperature: float = 4.0, layers: tuple[str, ...] = (), flag: bool = False, needed: int) -> dict:
+def builder(
+    student: object, *, temperature: float = 4.0, layers: tuple[str, ...] = (), flag: bool = False, needed: int
+) -> dict:
     """Build a thing.
 
     And more.
@@ -96,7 +98,9 @@ def test_plugin_file_registers(tmp_path: Path) -> None:
 
 
 def test_layers_and_overrides_merge_once() -> None:
-    config = resolve({"train": {"lr": 0.1, "epochs": 3}}, {"train": {"epochs": 4}}, overrides=["train.lr=0.2", "method.eps=8/255"])
+    config = resolve(
+        {"train": {"lr": 0.1, "epochs": 3}}, {"train": {"epochs": 4}}, overrides=["train.lr=0.2", "method.eps=8/255"]
+    )
     assert (config.train.lr, config.train.epochs) == (0.2, 4)
     assert config.method.options == {"eps": "8/255"}
     assert resolve(config.table()) == config

@@ -55,9 +55,7 @@ def picture(value: int, size: int = 6, channels: int = 3) -> np.ndarray:
     return np.full((size, size, channels) if channels == 3 else (size, size), value, dtype=np.uint8)
 
 
-def write_parquet(
-    path: Path, images: list, labels: list, names: list[str] | None = None, columns=("image", "label")
-) -> Path:
+def write_parquet(path: Path, images: list, labels: list, names: list[str] | None = None, columns=("image", "label")) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"bytes": i, "path": None} if isinstance(i, bytes) else {"bytes": None, "path": i} for i in images]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -83,9 +81,7 @@ def write_folder(top: Path, parts: tuple[str, ...] = ("train", "test"), count: i
 
 def test_the_table_of_sources_needs_no_torch():
     code = "import sys; from overproof.data import DATA; assert 'digits' in DATA; assert 'torch' not in sys.modules"
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_every_source_can_be_loaded_and_has_a_summary():
@@ -156,9 +152,7 @@ def test_pixels_that_are_no_numbers_are_named_with_their_row(value, kind):
 
 
 def test_split_is_stratified_disjoint_ordered_and_repeatable():
-    labels = torch.tensor([0] * 100 + [1] * 50 + [2] * 10)[
-        torch.randperm(160, generator=torch.Generator().manual_seed(1))
-    ]
+    labels = torch.tensor([0] * 100 + [1] * 50 + [2] * 10)[torch.randperm(160, generator=torch.Generator().manual_seed(1))]
     train, held = stratified_split(labels, 0.2, seed=3)
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(160))
     assert labels[held].bincount().tolist() == [20, 10, 2]
@@ -311,6 +305,7 @@ def test_stream_set_knows_what_an_image_set_knows():
     assert stream.labels.equal(memory.labels)
     assert stream.mean_std()[0] == pytest.approx(memory.mean_std()[0])
     part = stream.subset([40, 2, 9])
+    assert part.subset([2, 0]).index.tolist() == [9, 40]
     assert same(batches(StreamLoader(part, 2, num_workers=0)), batches(DeviceLoader(memory.subset([40, 2, 9]), 2)))
 
 
@@ -323,6 +318,8 @@ def test_wrong_items_of_a_dataset_are_named():
         batches(make_loader(TensorDataset(torch.rand(6, 3, 4, 4), torch.arange(6)), 2, classes=2))
     with pytest.raises(DataError, match=r"Item 0 .*expected \(image, label\)"):
         batches(make_loader(TensorDataset(torch.rand(2, 3, 4, 4)), 2))
+    with pytest.raises(DataError, match=r"Item 0 .*expected a class number"):
+        batches(make_loader(TensorDataset(torch.rand(2, 3, 4, 4), torch.rand(2)), 2))
 
 
 # ---- iterables ------------------------------------------------------------------------------------------------------
@@ -454,6 +451,42 @@ def test_a_failed_download_says_why(tmp_path, monkeypatch):
             load_data(name, root=tmp_path)
 
 
+def test_sets_of_torchvision_become_image_sets(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+
+    class Fake:
+        def __init__(self, root, *, train=None, split=None, download):
+            self.classes, self.targets = ["a", "b", "c"], [0, 1, 2] * 2
+            self.labels = np.array(self.targets, dtype=np.uint8)
+            self.data = pixels if split is None else pixels.transpose(0, 3, 1, 2)
+
+    for family in ("CIFAR10", "CIFAR100", "SVHN", "STL10"):
+        monkeypatch.setattr(torchvision.datasets, family, Fake)
+        data = load_data(family.lower(), root=tmp_path, validation=None)
+        assert data.train.images.equal(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        assert data.test.labels.tolist() == [0, 1, 2] * 2
+        assert len(data.classes) == (3 if family.startswith("CIFAR") else 10)
+
+
+def test_gtsrb_is_resized(tmp_path):
+    base = tmp_path / "gtsrb"
+    for number in range(43):
+        (base / f"GTSRB/Training/{number:05}").mkdir(parents=True)
+        (base / f"GTSRB/Training/{number:05}/0.ppm").write_bytes(png(picture(number, size=20 + number), "PPM"))
+    (base / "GTSRB/Final_Test/Images").mkdir(parents=True)
+    (base / "GTSRB/Final_Test/Images/00000.ppm").write_bytes(png(picture(99), "PPM"))
+    (base / "GT-final_test.csv").write_text("Filename;Width;ClassId\n00000.ppm;6;14\n")
+    data = load_data("gtsrb", root=tmp_path, download=False, validation=None, image_size=16)
+    assert (data.image_size, data.channels, len(data.classes)) == (16, 3, 43)
+    assert data.train.images[:, 0, 8, 8].tolist() == list(range(43)) == data.train.labels.tolist()
+    assert data.classes[int(data.test.labels[0])] == "Stop"
+    (base / "GTSRB/Final_Test/Images/00000.ppm").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"00000.ppm"):
+        load_data("gtsrb", root=tmp_path, download=False)
+
+
 # ---- IDX ------------------------------------------------------------------------------------------------------------
 
 
@@ -511,9 +544,7 @@ def test_a_truncated_gzip_is_refused(tmp_path):
         read_idx(path)
 
 
-@pytest.mark.skipif(
-    not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="dataset-fashion-mnist not installed"
-)
+@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="dataset-fashion-mnist not installed")
 def test_fashion_mnist_of_debian(tmp_path):
     data = load_data("fashion-mnist", root=tmp_path, download=False, limit_test=1000)
     assert (len(data.train), len(data.validation), len(data.test)) == (54000, 1000, 1000)
@@ -564,9 +595,7 @@ def test_parquet_uses_its_own_validation_part(small_parquet):
 def test_a_corrupt_row_is_named_or_left_out(small_parquet):
     images = [png(picture(10 * k)) for k in range(8)]
     images[2], images[5] = b"no image", images[5][:50]
-    path = write_parquet(
-        small_parquet / "data/train-0.parquet", images, [k % 3 for k in range(8)], ["ant", "bee", "cow"]
-    )
+    path = write_parquet(small_parquet / "data/train-0.parquet", images, [k % 3 for k in range(8)], ["ant", "bee", "cow"])
     with pytest.raises(DataError, match=r"row 2 of .*train-0.parquet is not a readable image.*on_error=.skip."):
         load_data(f"parquet:{small_parquet}")
     with pytest.warns(UserWarning, match="left out 2 of 8 images.*row 2 of .*row 5 of"):
@@ -577,9 +606,7 @@ def test_a_corrupt_row_is_named_or_left_out(small_parquet):
     assert data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"), [([0, None], "row 1 has no label"), ([0, 9], "image 1 has the label 9")]
-)
+@pytest.mark.parametrize(("labels", "message"), [([0, None], "row 1 has no label"), ([0, 9], "image 1 has the label 9")])
 def test_wrong_labels_in_parquet_are_named(small_parquet, labels, message):
     write_parquet(small_parquet / "data/train-0.parquet", [png(picture(1))] * 2, labels, ["ant", "bee", "cow"])
     with pytest.raises(DataError, match=message):
@@ -748,13 +775,13 @@ def test_nothing_readable_is_an_error(tmp_path):
         load_data(f"folder:{top}", test=0.5, on_error="skip")
 
 
-@pytest.mark.parametrize("kind", ["file", "class", "nested"])
+@pytest.mark.parametrize("kind", ["file", "class", "nested", "part"])
 def test_links_out_of_the_folder_are_refused(tmp_path, kind):
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "s.png").write_bytes(png(picture(1)))
     top = write_folder(tmp_path / "set")
-    link = {"file": "train/cat/link.png", "class": "train/eel", "nested": "train/cat/deep"}[kind]
+    link = {"file": "train/cat/link.png", "class": "train/eel", "nested": "train/cat/deep", "part": "val"}[kind]
     (top / link).symlink_to(secret / "s.png" if kind == "file" else secret)
     with pytest.raises(DataError, match="is a link to .*secret"):
         load_data(f"folder:{top}")

@@ -34,12 +34,19 @@ def pixels() -> ImageSet:
 
 
 def test_figures_are_exact(pixels: ImageSet) -> None:
-    result = evaluate(Threshold(), pixels, attacks={"pgd": PGD(eps=0.3, steps=10), "fgsm": FGSM(eps=0.1)}, curve=[0.1, 0.3, 0.5, 0.0])
+    result = evaluate(
+        Threshold(), pixels, attacks={"pgd": PGD(eps=0.3, steps=10), "fgsm": FGSM(eps=0.1)}, curve=[0.1, 0.3, 0.5, 0.0]
+    )
     assert result.clean == 6 / 8
     assert result.robust == {"pgd": 2 / 8, "fgsm": 4 / 8}
     assert result.worst_case == 2 / 8
     summary = result.summary
-    assert summary["curve"] == {"attack": "pgd", "threat": "Linf", "eps": [0.0, 0.1, 0.3, 0.5], "robust": [6 / 8, 4 / 8, 2 / 8, 0.0]}
+    assert summary["curve"] == {
+        "attack": "pgd",
+        "threat": "Linf",
+        "eps": [0.0, 0.1, 0.3, 0.5],
+        "robust": [6 / 8, 4 / 8, 2 / 8, 0.0],
+    }
     assert summary["attacks"]["pgd"]["success_denominator"] == 6
     assert summary["attacks"]["pgd"]["success_rate"] == pytest.approx(4 / 6)
     assert summary["per_class"] == {"count": [4, 4], "clean": [0.75, 0.75], "robust": [0.25, 0.25]}

@@ -194,7 +194,9 @@ def test_schedules() -> None:
 
 
 @pytest.mark.parametrize(("averaging", "option"), [("ema", {"ema_decay": 0.5}), ("swa", {"swa_start": 0.0})])
-def test_averaged_weights_are_the_formula(tmp_path: Path, averaging: str, option: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_averaged_weights_are_the_formula(
+    tmp_path: Path, averaging: str, option: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from overproof.training import loop
 
     seen: list[torch.Tensor] = []
@@ -225,7 +227,9 @@ def test_matches_a_bare_loop(tmp_path: Path) -> None:
     teacher = overproof.create_model("mlp", 10, 1, 8)
     student, twin = overproof.create_model("mlp", 10, 1, 8, hidden=(16,)), overproof.create_model("mlp", 10, 1, 8, hidden=(16,))
     twin.load_state_dict(student.state_dict())
-    overproof.distill(student, teacher, data, out=tmp_path / "run", epochs=2, batch_size=32, lr=0.1, validation_limit=10, seed=3)
+    overproof.distill(
+        student, teacher, data, out=tmp_path / "run", epochs=2, batch_size=32, lr=0.1, validation_limit=10, seed=3
+    )
     optimizer = torch.optim.SGD(twin.parameters(), 0.1, 0.9, weight_decay=5e-4)
     loader = make_loader(data.train, 32, shuffle=True, seed=3, drop_last=True)
     step, total, teacher_before = 0, 2 * len(loader), [p.clone() for p in teacher.parameters()]
@@ -250,7 +254,10 @@ def test_matches_a_bare_loop(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])
 def test_other_precisions_train(tmp_path: Path, precision: str) -> None:
-    run = execute(resolve(SMALL, {"train": {"precision": precision, "clip": 1.0, "optimizer": "adamw", "lr": 0.02, "epochs": 8}}), tmp_path / "run")
+    run = execute(
+        resolve(SMALL, {"train": {"precision": precision, "clip": 1.0, "optimizer": "adamw", "lr": 0.02, "epochs": 8}}),
+        tmp_path / "run",
+    )
     assert run.evaluations["test-best"]["clean"] > 0.3
     assert all(v.dtype == torch.float32 for v in weights(run.path).values() if v.is_floating_point())
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from overproof.cli.options import Json, Plugin, Set, attacks_of, plugins, show
+from overproof.cli.options import Json, Names, Plugin, Set, attacks_of, plugins, show
 from overproof.errors import UsageError
 
 
 def evaluate(
     run: Path | None = None,
     *,
-    attack: tuple[str, ...] = (),
+    attack: Names = (),
     curve: str = "",
     data: str | None = None,
     split: Literal["train", "validation", "test"] = "test",
@@ -56,15 +57,17 @@ def evaluate(
 
     options: dict[str, Any] = {"attacks": attacks, "curve": curve, "data": data, "split": split, "limit": limit, "seed": seed}
     options |= {"teacher": teacher, "overrides": overrides}
+    kept: Path | None = None
     if run is not None:
         result = evaluate_run(run, which=which, name=name, **options)
+        kept = run / "evaluations" / f"{result.summary['name']}.json"
     elif model is not None and data is not None:
         result = evaluate_model(model, weights, **options)
     else:
         raise UsageError(
             "Name a run folder, or a model and data: overproof evaluate --model timm:NAME --weights FILE --data NAME."
         )
-    show(result.summary, json_, _evaluation_text(result.summary))
+    show(result.summary, json_, _evaluation_text(result.summary) + (f"\n  kept: {kept}" if kept else ""))
 
 
 def _evaluation_text(summary: dict[str, Any]) -> str:
@@ -128,7 +131,7 @@ def show_one(what: str, *, plugin: Plugin = (), json_: Json = False) -> None:
     text = f"{entry.name} ({kind}): {entry.summary}\n{entry.paper} {entry.url}\n\n"
     text += "\n".join(f"  {o['name']} = {o['default']}  ({o['type']})" for o in options)
     facts = {"name": entry.name, "kind": kind, "summary": entry.summary, "paper": entry.paper, "options": options}
-    show(facts, json_, f"{text}\n\n{entry.load().__doc__ or ''}")
+    show(facts, json_, f"{text}\n\n{inspect.getdoc(entry.load()) or ''}")
 
 
 def _entry(name: str) -> tuple[Any, str]:

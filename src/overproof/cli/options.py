@@ -17,6 +17,7 @@ Set = Annotated[
 Plugin = Annotated[
     tuple[Path, ...], Parameter(negative="", help="Python file that registers more methods, attacks, models or data.")
 ]
+Names = Annotated[tuple[str, ...], Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="The result as one JSON object on standard output.")]
 Seeds = Annotated[str, Parameter(help="Comma-separated seeds: one run each, mean ± standard error.")]
 

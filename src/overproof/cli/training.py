@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from overproof.cli.options import Json, Plugin, Seeds, Set, attacks_of, devices_of, layer, numbers, plugins, show_runs
+from overproof.cli.options import Json, Names, Plugin, Seeds, Set, attacks_of, devices_of, layer, numbers, plugins, show_runs
 
 
 def _execute(
@@ -39,8 +39,8 @@ def train(
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
-    augment: tuple[str, ...] = (),
-    attack: tuple[str, ...] = (),
+    augment: Names = (),
+    attack: Names = (),
     devices: str | None = None,
     nodes: int | None = None,
     precision: str | None = None,
@@ -90,8 +90,8 @@ def distill(
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
-    augment: tuple[str, ...] = (),
-    attack: tuple[str, ...] = (),
+    augment: Names = (),
+    attack: Names = (),
     devices: str | None = None,
     nodes: int | None = None,
     precision: str | None = None,

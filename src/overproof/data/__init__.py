@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from overproof.data.mixing import CutMix, Mixup
     from overproof.data.splits import Splits, stratified_split, stratified_subset
     from overproof.data.steps import Cutout, HorizontalFlip, RandAugment, RandomCrop
-    from overproof.data.streams import StreamLoader, StreamSet
+    from overproof.data.stream_loader import StreamLoader
+    from overproof.data.streams import StreamSet
 
 DATA = Registry("data", "overproof.data")
 
@@ -66,7 +67,8 @@ _HOMES = {
     **dict.fromkeys(("CutMix", "Mixup"), "mixing"),
     **dict.fromkeys(("DeviceLoader", "Loader", "make_loader"), "loaders"),
     **dict.fromkeys(("Splits", "stratified_split", "stratified_subset"), "splits"),
-    **dict.fromkeys(("StreamLoader", "StreamSet"), "streams"),
+    "StreamLoader": "stream_loader",
+    "StreamSet": "streams",
     "ImageSet": "images",
     "IterableLoader": "iterables",
     "load_data": "load",

@@ -59,6 +59,9 @@ def folder(
     found = {part: top / name for part, names in _PARTS.items() for name in names if (top / name).is_dir()}
     if "train" not in found:
         found = {"train": top}
+    for path in found.values():
+        if path != top:  # the folder itself is the user's own choice and may be a link
+            _refuse_link(path, top)
     classes = _classes(found["train"], top)
     if not classes:
         raise DataError(f"{found['train']} holds no folders. Put the images of each class into a folder of its own.")
@@ -68,9 +71,7 @@ def folder(
 def _read(path: Path, top: Path, classes: list[str], how: Decoding) -> Images:
     unknown = [name for name in _classes(path, top) if name not in classes]
     if unknown:
-        raise DataError(
-            f"{path / unknown[0]}: the class {unknown[0]!r} is not among the train classes ({len(classes)})."
-        )
+        raise DataError(f"{path / unknown[0]}: the class {unknown[0]!r} is not among the train classes ({len(classes)}).")
     paths, labels = [], []
     for label, name in enumerate(classes):
         files = _images(path / name, top) if (path / name).is_dir() else []

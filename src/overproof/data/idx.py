@@ -129,7 +129,5 @@ def _read_idx(file: IO[bytes] | gzip.GzipFile) -> np.ndarray:
     while len(data) <= size and (piece := file.read(_PIECE)):  # a header may announce more than any memory holds
         data += piece
     if len(data) != size:
-        raise ValueError(
-            f"the header announces {size} bytes, but there are {'more' if len(data) > size else len(data)}"
-        )
+        raise ValueError(f"the header announces {size} bytes, but there are {'more' if len(data) > size else len(data)}")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape).copy()

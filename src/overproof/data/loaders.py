@@ -12,7 +12,8 @@ from overproof.data.images import ImageSet
 from overproof.data.iterables import IterableLoader
 from overproof.data.order import Plan, generator_for
 from overproof.data.pixels import to_float
-from overproof.data.streams import StreamLoader, StreamSet
+from overproof.data.stream_loader import StreamLoader
+from overproof.data.streams import StreamSet
 from overproof.errors import UsageError
 from overproof.types import Batch
 
@@ -78,9 +79,7 @@ class DeviceLoader:
             rows = chosen.to(self.device)
             images, labels = to_float(data.images[rows]), data.labels[rows]
             if self.augment is not None:
-                images, labels = self.augment(
-                    images, labels, generator_for("augment", self.seed, epoch, number, self.rank)
-                )
+                images, labels = self.augment(images, labels, generator_for("augment", self.seed, epoch, number, self.rank))
             yield Batch(images, labels, data.index[rows])
 
 
@@ -127,12 +126,7 @@ def make_loader(
         "rank": rank,
         "world_size": world_size,
     }
-    if (
-        isinstance(data, tuple | list)
-        and len(data) == 2
-        and isinstance(data[0], Tensor)
-        and isinstance(data[1], Tensor)
-    ):
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
         data = ImageSet(data[0], data[1], classes=classes)
     if isinstance(data, ImageSet):
         return DeviceLoader(data, batch_size, shuffle=shuffle, drop_last=drop_last, **shared)

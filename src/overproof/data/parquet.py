@@ -65,9 +65,7 @@ def _files(top: Path) -> dict[str, list[Path]]:
         files = sorted(folder.glob("*.parquet"))
         if files and not any(found.values()):
             return {"train": files}
-    raise DataError(
-        f"{top} holds no Parquet files of a train part, neither itself nor in data/: expected train-*.parquet."
-    )
+    raise DataError(f"{top} holds no Parquet files of a train part, neither itself nor in data/: expected train-*.parquet.")
 
 
 def _check_size(part: str, files: Sequence[Path], limit: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,7 @@ def check_labels(labels: Any, count: int, place: str, *, classes: int | None = N
         DataError: of another shape or type, not `count` of them, or out of range; names the row.
     """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dim() != 1:
-        found = (
-            f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        )
+        found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise DataError(f"{place}: labels are {found}; expected int64 class numbers of shape (N,).")
     if len(labels) != count:
         raise DataError(f"{place}: {count} images, but {len(labels)} labels. Give one label per image.")
@@ -82,6 +81,18 @@ def check_labels(labels: Any, count: int, place: str, *, classes: int | None = N
         remedy = "Number the classes from 0 without gaps, or name all of them in `classes`."
         raise DataError(f"{place}: image {row} has the label {int(numbers[row])}; {known}. {remedy}")
     return numbers
+
+
+def class_number(value: Any, row: int) -> int:
+    """The label of one item as an integer; unlike int(), this does not cut off fractions.
+
+    Raises:
+        DataError: it is no integer; names the row.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DataError(f"Item {row} of the Dataset has the label {value!r}; expected a class number.") from None
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -148,7 +148,10 @@ def gtsrb(*, root: Path | None = None, download: bool = True, image_size: int = 
         data = _fetch("gtsrb", "GTSRB", data_root(root), split=part, download=download)
 
         def read(row: int, data: Any = data) -> tuple[np.ndarray, int]:
-            image, label = data[row]
+            try:
+                image, label = data[row]
+            except OSError as error:
+                raise DataError(f"gtsrb: a sign cannot be read ({error}). Fetch the set again.") from error
             return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR)), label
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

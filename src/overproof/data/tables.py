@@ -48,9 +48,7 @@ class _Rows:
             raise ValueError("there is no image in it")
         path = (self.directory / value).resolve()
         if not path.is_relative_to(self.directory.resolve()):
-            raise DataError(
-                f"{self.name(row)} points to {value!r}, outside of {self.directory}; such paths are refused."
-            )
+            raise DataError(f"{self.name(row)} points to {value!r}, outside of {self.directory}; such paths are refused.")
         return path
 
 

@@ -66,8 +66,8 @@ def execute(
         claim(folder, config, resume)
     if folder.exists and folder.status["state"] == "done":
         return finished(folder, parts)
-    fabric = _launch(config.train, folder)
-    with console.quiet_unless(fabric.is_global_zero), borrowed(parts.teacher), _recorded(folder, fabric):
+    with console.quiet_unless(leader), borrowed(parts.teacher), _recorded(folder, leader):
+        fabric = _launch(config.train, folder)
         objective, splits = prepare(config, parts)
         if fabric.is_global_zero:
             write_toml(folder.path / "config.toml", config.table())
@@ -229,13 +229,16 @@ def _judge(
 
 
 @contextlib.contextmanager
-def _recorded(folder: RunFolder, fabric: Any) -> Iterator[None]:
+def _recorded(folder: RunFolder, leader: bool) -> Iterator[None]:
     """The run's state tells what happened, whatever happens; a folder in which nothing began is left as it was found."""
     try:
         yield
     except BaseException as error:
-        if fabric.is_global_zero and folder.exists:
+        if leader and folder.exists:
             state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             with contextlib.suppress(OverproofError, OSError):  # the disk may be what failed
                 folder.write_status(state, message=f"{type(error).__name__}: {error}"[:2000])
+        elif leader:
+            with contextlib.suppress(OSError):  # empty, or not ours to remove
+                folder.path.rmdir()
         raise

@@ -38,8 +38,9 @@ def evaluate_run(run: str | Path, *, which: str = "best", name: str | None = Non
         )
     result = _judge(load_model(folder.path, which), config, **options)
     summary = {**result.summary, "weights": which, "model": config.model.name}
+    summary["name"] = name or _free_name(folder, _name_of(options["attacks"], summary["split"]), summary)
     result = Evaluation(summary, result.samples, result.gallery)
-    result.save(folder.path, name or _name_of(options["attacks"], summary["split"]))
+    result.save(folder.path, summary["name"])
     return result
 
 
@@ -97,6 +98,26 @@ def _part(splits: Splits, split: str, limit: int | None) -> Any:
     if chosen is None:
         raise UsageError(f"The data have no {split} split; use --split train, or set data.validation or data.test.")
     return chosen if limit is None else chosen.subset(torch.arange(min(limit, len(chosen))))
+
+
+def _free_name(folder: RunFolder, wanted: str, summary: dict[str, Any]) -> str:
+    """`wanted`, unless it stands for a measurement made differently: that one is kept and the new one numbered."""
+
+    def protocol(known: dict[str, Any]) -> Any:
+        attacks = {name: facts["attack"] for name, facts in known["attacks"].items()}
+        return (
+            attacks,
+            known.get("data"),
+            known["samples"],
+            known["seed"],
+            known.get("weights"),
+            (known["curve"] or {}).get("eps"),
+        )
+
+    known, name, number = folder.evaluations, wanted, 2
+    while name in known and protocol(known[name]) != protocol(summary):
+        name, number = f"{wanted}-{number}", number + 1
+    return name
 
 
 def _name_of(attacks: Mapping[str, Any], split: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from overproof.config import RunConfig, TeacherConfig
 from overproof.data import Splits, load_data, make_loader
 from overproof.errors import OverproofError, UsageError
 from overproof.evaluation.evaluator import make_attacks
+from overproof.folder import RunFolder
 from overproof.methods import METHODS
 from overproof.methods.objective import Objective
 from overproof.models import create_model
@@ -88,7 +89,9 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     if teacher is not None and teacher is student:
         raise UsageError("Student and teacher are the same module; give the student its own.")
     networks = (student,) if teacher is None else (student, teacher)
-    _probe(networks, splits)
+    width = _probe(networks, splits)
+    if not splits.classes:
+        splits = replace(splits, classes=tuple(map(str, range(width))))  # so that labels are checked
     return METHODS.create(config.method.name, *networks, **config.method.options), splits
 
 
@@ -125,7 +128,7 @@ def _build(config: RunConfig, splits: Splits | UserData) -> nn.Module:
 
 def _teacher(config: TeacherConfig, splits: Splits | UserData) -> nn.Module:
     if config.run:
-        return load_model(config.run, config.which)
+        return load_model(RunFolder(config.run).require().path, config.which)
     if not config.name or isinstance(splits, UserData):
         raise UsageError("[teacher] needs `run` (a run folder) or `name` (a model, with `weights` or pretrained=true).")
     options: dict[str, Any] = {"pretrained": config.pretrained, **config.options}
@@ -139,7 +142,7 @@ def _teacher(config: TeacherConfig, splits: Splits | UserData) -> nn.Module:
     return model
 
 
-def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> None:
+def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> int:
     """One forward pass each: channels, size and class counts must fit before anything is written."""
     images = next(iter(make_loader(splits.train, 2).batches(0))).images[:2]
     widths = []
@@ -157,6 +160,7 @@ def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> None:
         raise UsageError(f"The student has {widths[0]} classes and the teacher {widths[1]}: they must agree to be compared.")
     if splits.classes and widths[0] < len(splits.classes):
         raise UsageError(f"The model has {widths[0]} outputs, the data {len(splits.classes)} classes.")
+    return widths[0]
 
 
 @contextlib.contextmanager

@@ -159,8 +159,22 @@ class Trainer:
         if self.config.averaging == "ema" or self.step > self.config.swa_start * self.total:
             self.averaged.update_parameters(self.objective.student)
 
+    def _compare_ranks(self) -> None:
+        """Every process must hold the same parameters: a copy that drifts would train on in silence."""
+        if self.fabric.world_size == 1:
+            return
+        parameters = [p.detach().double() for p in self.objective.trainable(self.objective.phases[0])]
+        fingerprint = torch.stack([torch.stack([p.sum(), p.square().sum()]) for p in parameters]).flatten()
+        everyone = self.fabric.all_gather(fingerprint).view(self.fabric.world_size, -1)
+        if not bool((everyone == everyone[0]).all()):
+            raise OverproofError(
+                f"The processes hold different parameters after step {self.step}. A part of the method escapes gradient "
+                "averaging: everything trainable must be a submodule of the objective and be used in its forward."
+            )
+
     def _finish_epoch(self, epoch: int, speed: float) -> None:
         self.watch.check()
+        self._compare_ranks()
         begun = time.perf_counter()
         record: dict[str, Any] = {
             "epoch": epoch,
