@@ -72,7 +72,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
         "execute(resolve(read_toml(__import__('pathlib').Path(sys.argv[1]))), sys.argv[2], resume=True)"
     )
     moments, kills = random.Random(0), 0
-    for attempt in range(60):
+    for _attempt in range(60):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(recipe), str(tmp_path / "killed")], stderr=subprocess.PIPE, text=True
         )
@@ -88,7 +88,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, process.stderr.read()
-    assert kills == 10, f"training finished after {kills} kills in {attempt + 1} attempts: too quick for the test"
+    assert kills == 10, f"training finished after {kills} kills in {_attempt + 1} attempts: too quick for the test"
     assert_same(tmp_path / "whole", tmp_path / "killed")
     assert RunFolder(tmp_path / "killed").status["state"] == "done"
 

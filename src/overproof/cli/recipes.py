@@ -28,7 +28,7 @@ def _run_recipe(path: Path, out: Path, seeds: str, overrides: Sequence[str], as_
     show_runs(flat, out / "report.html", as_json, recipe.about.title)
 
 
-def demo(*, out: Path = Path("runs/demo"), seeds: Seeds = "", json_: Json = False) -> None:
+def demo(*, out: Path = Path("runs/demo"), seeds: Seeds = "0", json_: Json = False) -> None:
     """The main job on real handwritten digits: teachers, students, attacks, one table, one page."""
     from overproof.run.recipes import recipes_home
 

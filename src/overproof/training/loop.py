@@ -25,6 +25,8 @@ from overproof.training.schedules import learning_rate, make_optimizer
 from overproof.training.validation import validate
 from overproof.types import Batch, Output, Progress
 
+TELL_SECONDS = 3.0  # between lines about epochs: short ones need not all be told
+
 
 class Trainer:
     """Trains an objective.
@@ -60,6 +62,7 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.deadline = deadline if deadline is not None else float("inf")
+        self._told = time.monotonic()
         self.stopper = Stopper()
         self.watch = LossWatch(folder.path, fabric.device)
         self._set_up()
@@ -188,13 +191,21 @@ class Trainer:
         self.seconds += time.perf_counter() - begun
         record["seconds"] = round(self.seconds, 3)
         self._keep(epoch, record)
-        facts = {**{k: record["train"][k] for k in ("loss", "accuracy")}, **record.get("validation", {})}
         if self.fabric.is_global_zero:
             self.metrics_size = append_metrics(self.folder.path, record)
-            console.note(f"epoch {epoch + 1}/{self.config.epochs}  " + "  ".join(f"{k} {v:.4f}" for k, v in facts.items()))
+            self._tell(epoch, record)
         self.fabric.log_dict({f"validation/{k}": v for k, v in record.get("validation", {}).items()}, step=self.step)
         self.fabric.log_dict({f"train/{k}": v for k, v in record["train"].items()}, step=self.step)
         self._checkpoint()
+
+    def _tell(self, epoch: int, record: dict[str, Any]) -> None:
+        last = epoch + 1 == self.config.epochs
+        if not last and time.monotonic() - self._told < TELL_SECONDS:
+            return
+        self._told = time.monotonic()
+        held_out = {k: v for k, v in record.get("validation", {}).items() if k != "loss"}
+        facts = {**{k: record["train"][k] for k in ("loss", "accuracy")}, **{f"validation {k}": v for k, v in held_out.items()}}
+        console.note(f"  epoch {epoch + 1}/{self.config.epochs}  " + "  ".join(f"{k} {v:.3f}" for k, v in facts.items()))
 
     def _validate(self) -> dict[str, float]:
         attack = self.objective.validation_attack
