@@ -154,7 +154,9 @@ class Page(HTMLParser):
         self.scripts += tag == "script"
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
         self.loads += [
-            v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith(("data:image/png;base64,", "#"))
+            v
+            for k, v in attrs
+            if k in ("src", "href", "xlink:href") and not v.startswith(("data:image/png;base64,", "#"))
         ]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -296,7 +298,9 @@ def test_values_of_the_wrong_kind_do_not_stop_the_report(tmp_path):
 
 
 def test_hostile_names_come_out_harmless(tmp_path):
-    run = make_run(tmp_path / "<b onclick=x>", method=HOSTILE, classes=[HOSTILE, "--><b>", "\x00\x1b[31m"], attacks=(HOSTILE,))
+    run = make_run(
+        tmp_path / "<b onclick=x>", method=HOSTILE, classes=[HOSTILE, "--><b>", "\x00\x1b[31m"], attacks=(HOSTILE,)
+    )
     write_json(run / "status.json", {"state": HOSTILE, "message": HOSTILE})
     write_json(run / "environment.json", {HOSTILE: HOSTILE})
     (run / "evaluations" / "test.json").rename(run / "evaluations" / "test&<i>.json")
@@ -329,7 +333,8 @@ def test_same_folder_same_page(tmp_path):
 def test_summary_of_a_run(tmp_path):
     (row,) = summarise([make_run(tmp_path / "run", 7, clean=0.9, robust=0.5)])
     assert {
-        key: row[key] for key in ("name", "method", "data", "model", "parameters", "seed", "agreement", "ece", "seconds")
+        key: row[key]
+        for key in ("name", "method", "data", "model", "parameters", "seed", "agreement", "ece", "seconds")
     } == {
         "name": "run",
         "method": "rslad",
@@ -355,7 +360,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 
 def test_text_table_is_aligned(tmp_path):
-    lines = text_table(summarise([make_run(tmp_path / "a"), make_run(tmp_path / "much-longer", 11, clean=1.0)])).splitlines()
+    lines = text_table(
+        summarise([make_run(tmp_path / "a"), make_run(tmp_path / "much-longer", 11, clean=1.0)])
+    ).splitlines()
     head, rule, first, second = lines[:4]
     assert set(rule) == {"-"}
     assert head.index("method") == first.index("rslad") == second.index("rslad")
@@ -364,8 +371,12 @@ def test_text_table_is_aligned(tmp_path):
 
 
 def test_seeds_are_taken_together_and_paired(tmp_path):
-    base = [make_run(tmp_path / f"kd-s{s}", s, method="kd", clean=c, robust=0.5) for s, c in enumerate((0.90, 0.92, 0.94))]
-    ours = [make_run(tmp_path / f"ard-s{s}", s, method="ard", clean=c, robust=0.6) for s, c in enumerate((0.91, 0.94, 0.97))]
+    base = [
+        make_run(tmp_path / f"kd-s{s}", s, method="kd", clean=c, robust=0.5) for s, c in enumerate((0.90, 0.92, 0.94))
+    ]
+    ours = [
+        make_run(tmp_path / f"ard-s{s}", s, method="ard", clean=c, robust=0.6) for s, c in enumerate((0.91, 0.94, 0.97))
+    ]
     alone = make_run(tmp_path / "ce", 5, method="ce", clean=0.8)
     rows = summarise([*base, *ours, alone])
     kd, ard, ce = group_by_seed(rows, baseline="kd-s1")

@@ -111,19 +111,24 @@ def test_deadline_interrupts_and_resume_finishes(tmp_path: Path) -> None:
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_resumable_run(tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "at"), [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGINT, 10), (signal.SIGINT, 11), (signal.SIGINT, 12)]
+)
+def test_a_signal_leaves_a_resumable_run(
+    tmp_path: Path, number: signal.Signals, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an epoch, and before, at and after its last step (an epoch has 11)."""
     from overproof.training import loop
 
     original = loop.Trainer._step
 
     def step(self: loop.Trainer, batch: object, epoch: int) -> None:
         original(self, batch, epoch)
-        if self.step == 5:
+        if self.step == at:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(loop.Trainer, "_step", step)
-    with pytest.raises(Interrupted, match="step 5"):
+    with pytest.raises(Interrupted, match=f"step {at} of 2"):
         execute(resolve(SMALL), tmp_path / "cut")
     monkeypatch.setattr(loop.Trainer, "_step", original)
     execute(resolve(SMALL), tmp_path / "whole")

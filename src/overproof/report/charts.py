@@ -55,57 +55,50 @@ def training(runs: Sequence[Run]) -> list[Chart]:
     charts = [
         _epochs(runs, "Accuracy", [("validation", "clean"), ("train", "accuracy")], "accuracy (%)"),
         _epochs(runs, "Robust accuracy, validation", [("validation", "robust")], "robust accuracy (%)"),
-        _epochs(runs, "Loss", [("train", "loss"), ("validation", "loss")], "loss"),
+        _epochs(runs, "Loss", [("validation", "loss"), ("train", "loss")], "loss"),
         *(_epochs(runs, f"Training: {key}", [("train", key)], key) for key in terms[:TERMS]),
     ]
     found = [chart for chart in charts if chart]
     if len(terms) > TERMS and found:
         last = found[-1]
-        found[-1] = Chart(last.title, last.svg, f"{last.note} Not drawn: {', '.join(terms[TERMS:])} (see metrics.jsonl).")
+        found[-1] = Chart(
+            last.title, last.svg, f"{last.note} Not drawn: {', '.join(terms[TERMS:])} (see metrics.jsonl)."
+        )
     return found
 
 
 def _series(run: Run, section: str, key: str, scale: float) -> Line:
     pairs = [(record.get("epoch"), table(record.get(section)).get(key)) for record in run.metrics]
-    kept = [(x + 1, scale * y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None]
+    kept = [
+        (x + 1, scale * y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None
+    ]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
 def _epochs(runs: Sequence[Run], title: str, sources: Sequence[tuple[str, str]], label: str) -> Chart | None:
     scale = 100.0 if label.endswith("(%)") else 1.0
     lines = [[_series(run, *source, scale) for source in sources] for run in runs]
-    drawn = [source for i, source in enumerate(sources) if any(found[i][0] for found in lines)]
+    drawn = [i for i in range(len(sources)) if any(found[i][0] for found in lines)]
     if not drawn:
         return None
-    limit = max(POINTS // (len(runs) * len(sources)), 20)
+    limit = max(POINTS // (len(runs) * len(drawn)), 20)
 
     def paint(axes: Any) -> None:
         for position, found in enumerate(lines):
-            strong = True
-            for x, y in found:
-                if x:
-                    faint = {} if strong else {"linewidth": 1.0, "alpha": 0.45}
-                    axes.plot(
-                        *_thinned(x, y, limit),
-                        marker="o" if len(x) == 1 else "",
-                        markersize=4,
-                        **line_style(position) | faint,
-                    )
-                    strong = False
+            for i in drawn:
+                x, y = _thinned(*found[i], limit)
+                faint = {"linewidth": 1.0, "alpha": 0.45} if i != drawn[0] else {}
+                axes.plot(x, y, marker="o" if len(x) == 1 else "", markersize=4, **line_style(position) | faint)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    note = (
-        " ".join(f"{'Faint' if i else 'Bold'}: {section} split." for i, (section, _) in enumerate(drawn))
-        if len(drawn) > 1
-        else ""
-    )
-    return Chart(title, draw(paint, f"{title} over epochs, a line per run"), note.replace("train split", "training images"))
+    note = "Bold: validation split. Faint: training images." if len(drawn) > 1 else ""
+    return Chart(title, draw(paint, f"{title} over epochs, a line per run"), note)
 
 
 def _thinned(x: list[float], y: list[float], limit: int) -> Line:
-    step = -(-len(x) // limit)
-    keep = sorted({*range(0, len(x), step), len(x) - 1})
+    step = max(-(-len(x) // limit), 1)
+    keep = sorted({*range(0, len(x), step), *range(max(len(x) - 1, 0), len(x))})
     return [x[i] for i in keep], [y[i] for i in keep]
 
 
@@ -151,7 +144,9 @@ def _radii(threat: str, lines: list[tuple[int, Run, Line]], attack: str) -> Char
         axes.set(xlabel=f"radius ε ({threat}, pixel values in [0, 1])", ylabel="robust accuracy (%)", ylim=(0, 102))
 
     note = f"Attack: {attack}. Band: ± binomial standard error."
-    return Chart(f"Robust accuracy over the radius, {threat}", draw(paint, f"Robust accuracy over {threat} radius"), note)
+    return Chart(
+        f"Robust accuracy over the radius, {threat}", draw(paint, f"Robust accuracy over {threat} radius"), note
+    )
 
 
 def per_class(runs: Sequence[Run]) -> list[tuple[Run, Chart]]:

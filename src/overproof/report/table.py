@@ -132,7 +132,9 @@ def _text(key: str, head: str, hint: str) -> Column:
 
 
 def _share(key: str, head: str, hint: str, part: int = 0) -> Column:
-    return Column(head, hint, lambda row: row[key], lambda row: percent(row[key], row.get(f"{key}_se")), best=1, part=part)
+    return Column(
+        head, hint, lambda row: row[key], lambda row: percent(row[key], row.get(f"{key}_se")), best=1, part=part
+    )
 
 
 def _attack(name: str) -> Column:
@@ -171,14 +173,16 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         _share("robust", "robust %", "robust accuracy, in per cent: right untouched and under every attack", part=1),
         *([_attack(name) for name in attacks] if several else []),
         *[_difference(key) for key in ("clean", "robust")],
-        _share("agreement", "agree %", "share of images on which student and teacher predict the same class, in per cent"),
+        _share(
+            "agreement", "agree %", "share of images on which student and teacher predict the same class, in per cent"
+        ),
         Column("ECE", "expected calibration error", lambda r: r["ece"], lambda r: _decimals(r["ece"]), best=-1),
         Column("time", "time spent on training", lambda row: row["seconds"], lambda row: duration(row["seconds"])),
         Column(
             number_of,
             "number of seeds" if number_of == "n" else "seed",
             lambda r: r[number_of],
-            lambda r: str(r[number_of]),
+            lambda r: NONE if r[number_of] is None else str(r[number_of]),
         ),
     ]
     return [column for column in found if any(column.value(row) is not None for row in rows)]
@@ -194,14 +198,23 @@ def notes(rows: Sequence[Row]) -> list[str]:
     kinds = {row["se"] for row in rows if row["clean"] is not None}
     if "seeds" in kinds:
         said.append(
-            "±: standard error of the mean over seeds" + (" (one seed: binomial, over images)." if len(kinds) > 1 else ".")
+            "±: standard error of the mean over seeds"
+            + (" (one seed: binomial, over images)." if len(kinds) > 1 else ".")
         )
     elif kinds:
-        said.append("±: binomial standard error over the images of one evaluation; it does not cover the choice of seed.")
+        said.append(
+            "±: binomial standard error over the images of one evaluation; it does not cover the choice of seed."
+        )
+    said += [
+        f"Δ: difference from {base}, paired by seed."
+        for base in dict.fromkeys(filter(None, (row.get("baseline") for row in rows)))
+    ]
     sets = list(dict.fromkeys(tuple(row["attacks"]) for row in rows if row["robust"] is not None))
     said += [f"Robust accuracy (worst case over: {', '.join(names)})." for names in sets]
     if not comparable(rows, 0):
-        said.append("The runs were measured on different images: their figures are not comparable, and none is marked as best.")
+        said.append(
+            "The runs were measured on different images: their figures are not comparable, and none is marked as best."
+        )
     elif not comparable(rows, 1):
         said.append(
             "The runs were attacked differently: their robust accuracies are not comparable, and none is marked as best."

@@ -120,17 +120,24 @@ class Trainer:
             images += len(batch) * self.fabric.world_size
             if self.fabric.device.type == "cpu" or self.step % CHECK_EVERY == 0:
                 bar.update(self.step, images=images, **self.meter.mean("loss", "accuracy"))
-            if self.stopper.stop or time.monotonic() > self.deadline:
-                self._checkpoint()
-                raise Interrupted(
-                    f"Stopped at step {self.step} of {self.total}; `overproof resume {self.folder.path}` continues."
-                )
-            if now - saved > self.config.checkpoint_seconds and self.step % self.per_epoch:
+            if self.step % self.per_epoch == 0:
+                continue  # a full epoch is validated and kept before anything else happens
+            if self._must_stop or now - saved > self.config.checkpoint_seconds:
                 self._checkpoint()
                 saved = now
+            self._stop_if_asked()
         if self.step < (epoch + 1) * self.per_epoch:
             raise OverproofError(f"The loader promised {self.per_epoch} batches and gave fewer in epoch {epoch}.")
         self._finish_epoch(epoch, images / max(time.perf_counter() - begun, 1e-9))
+        self._stop_if_asked()
+
+    @property
+    def _must_stop(self) -> bool:
+        return self.stopper.stop or time.monotonic() > self.deadline
+
+    def _stop_if_asked(self) -> None:
+        if self._must_stop and self.step < self.total:
+            raise Interrupted(f"Stopped at step {self.step} of {self.total}; `overproof resume {self.folder.path}` continues.")
 
     def _step(self, batch: Batch, epoch: int) -> None:
         # Randomness depends on nothing but seed, step and rank: a resumed run needs no saved generator state.
