@@ -157,7 +157,7 @@ def test_cached_teacher_gives_the_same_student(digits: Splits, tmp_path: Path) -
         (lambda m, d, o: overproof.distill(m, nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), d, out=o), UsageError, "10 classes and the teacher 7"),
         (lambda m, d, o: overproof.distill(m, m, d, out=o), UsageError, "same module"),
         (lambda m, d, o: overproof.train("mlp", (d.train.images, d.train.labels), out=o), UsageError, "create_model"),
-        (lambda m, d, o: overproof.train(m, [(torch.rand(4, 3, 8, 8), torch.zeros(4).long())], out=o), UsageError, r"cannot take images of shape \(3, 8, 8\)"),
+        (lambda m, d, o: overproof.train(m, [(torch.rand(4, 3, 8, 8), torch.zeros(4).long())], out=o), UsageError, "shape .3, 8, 8."),
         (lambda m, d, o: overproof.train(m, [(torch.rand(4, 1, 8, 8) * 255, torch.zeros(4).long())], out=o), DataError, r"\[0, 1\]"),
         (lambda m, d, o: overproof.train(m, [(torch.rand(4, 1, 8, 8), torch.full((4,), 12))], out=o), DataError, "12"),
         (lambda m, d, o: overproof.train(m, [], out=o), DataError, "empty"),

@@ -175,7 +175,7 @@ def test_bad_recipes(change: tuple[str, str], message: str, capsys: pytest.Captu
         (["train", "--data", "digit", "--out", "x"], 2, "Did you mean 'digits'"),
         (["train", *QUICK, "--out", "x", "--set", "method.tau=3"], 2, "option of method 'ce'"),
         (["train", *QUICK, "--out", "x", "--seeds", "a"], 2, "whole numbers"),
-        (["train", *QUICK, "--out", "x", "--set", "train.loggers=['paper']"], 2, "Unknown logger"),
+        (["train", *QUICK, "--out", "x", "--set", "train.loggers=['paper']"], 2, "train.loggers"),
         (["train", "--epochs", "nine", "--out", "x"], 2, "nine"),
         (["distill", *QUICK, "--teacher", "nowhere", "--student", "mlp", "--out", "x"], 1, "nowhere is not a run folder"),
         (["evaluate", "nowhere", "--attack", "pgd"], 1, "not a run folder"),

@@ -154,9 +154,7 @@ class Page(HTMLParser):
         self.scripts += tag == "script"
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
         self.loads += [
-            v
-            for k, v in attrs
-            if k in ("src", "href", "xlink:href") and not v.startswith(("data:image/png;base64,", "#"))
+            v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith(("data:image/png;base64,", "#"))
         ]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -186,7 +184,7 @@ def test_one_run(tmp_path):
     assert "Robust accuracy (worst case over: pgd-20, fgsm) 55.0 ± 1.6 %" in source
     assert "binomial standard error" in source
     assert source.count("data:image/png;base64,") == 18
-    assert "difference &times; 3" in source  # 0.5 / 0.15, rounded down
+    assert "change &times; 3" in source  # 0.5 / 0.15, rounded down
     for fact in ("one of the images looked back", "12 M", "1.23 ms", "pgd-20(Linf(0.15))", "temperature = 4.0"):
         assert fact in source
     assert 'id="seeds"' not in source
@@ -248,30 +246,34 @@ def test_nothing_but_a_status(tmp_path):
     assert "bare" in text_table([row])
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("status.json", b"{"),
-        ("status.json", b"[1]"),
-        ("config.toml", b"a = = 1"),
-        ("environment.json", b"\xff\xfe"),
-        ("model.json", b"null"),
-        ("metrics.jsonl", b"{\n{}\n{}\n"),
-        ("metrics.jsonl", b"\xff\n\xff\n"),
-        ("evaluations/test.json", b'{"clean": "much"}'),
-        ("evaluations/test.json", b"nonsense"),
-        ("evaluations/test-gallery.npz", b"PK nonsense"),
-    ],
-)
-def test_damage_is_named_and_harms_nothing_else(tmp_path, name, content):
-    whole, broken = make_run(tmp_path / "whole"), make_run(tmp_path / "broken", 1)
-    (broken / name).write_bytes(content)
-    source = page(write_report([whole, broken])).source
+DAMAGE = [
+    ("status.json", b"{"),
+    ("status.json", b"[1]"),
+    ("config.toml", b"a = = 1"),
+    ("environment.json", b"\xff\xfe"),
+    ("model.json", b"null"),
+    ("metrics.jsonl", b"{\n{}\n{}\n"),
+    ("metrics.jsonl", b"\xff\n\xff\n"),
+    ("evaluations/test.json", b'{"clean": "much"}'),
+    ("evaluations/test.json", b"nonsense"),
+    ("evaluations/test-gallery.npz", b"PK nonsense"),
+]
+
+
+def test_damage_is_named_and_harms_nothing_else(tmp_path):
+    runs = [make_run(tmp_path / "whole")]
+    for i, (name, content) in enumerate(DAMAGE):
+        runs.append(make_run(tmp_path / f"broken-{i}", i, clean=0.8 + i / 100))
+        (runs[-1] / name).write_bytes(content)
+    source = page(write_report(runs)).source
     warned = re.search(r"Some files could not be used</strong>(.*?)</div>", source, re.DOTALL)
-    assert warned
-    assert "broken" in warned[1]
-    assert name.split("/")[-1].split(".")[0] in warned[1]
-    assert "97.0 ± 0.5" in source
+    said = re.findall(r"<li>(.*?)</li>", warned[1], re.DOTALL)
+    assert len(said) == len(DAMAGE)
+    for i, ((name, _), text) in enumerate(zip(DAMAGE, said, strict=True)):
+        assert f"broken-{i}:" in text
+        assert name.split("/")[-1].split(".")[0].removeprefix("test-") in text
+        evaluated = name != "evaluations/test.json"
+        assert (f">{80 + i}.0 ± " in source) == evaluated
 
 
 def test_values_of_the_wrong_kind_do_not_stop_the_report(tmp_path):
@@ -298,9 +300,7 @@ def test_values_of_the_wrong_kind_do_not_stop_the_report(tmp_path):
 
 
 def test_hostile_names_come_out_harmless(tmp_path):
-    run = make_run(
-        tmp_path / "<b onclick=x>", method=HOSTILE, classes=[HOSTILE, "--><b>", "\x00\x1b[31m"], attacks=(HOSTILE,)
-    )
+    run = make_run(tmp_path / "<b onclick=x>", method=HOSTILE, classes=[HOSTILE, "--><b>", "\x00\x1b[31m"], attacks=(HOSTILE,))
     write_json(run / "status.json", {"state": HOSTILE, "message": HOSTILE})
     write_json(run / "environment.json", {HOSTILE: HOSTILE})
     (run / "evaluations" / "test.json").rename(run / "evaluations" / "test&<i>.json")
@@ -333,8 +333,7 @@ def test_same_folder_same_page(tmp_path):
 def test_summary_of_a_run(tmp_path):
     (row,) = summarise([make_run(tmp_path / "run", 7, clean=0.9, robust=0.5)])
     assert {
-        key: row[key]
-        for key in ("name", "method", "data", "model", "parameters", "seed", "agreement", "ece", "seconds")
+        key: row[key] for key in ("name", "method", "data", "model", "parameters", "seed", "agreement", "ece", "seconds")
     } == {
         "name": "run",
         "method": "rslad",
@@ -360,9 +359,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 
 def test_text_table_is_aligned(tmp_path):
-    lines = text_table(
-        summarise([make_run(tmp_path / "a"), make_run(tmp_path / "much-longer", 11, clean=1.0)])
-    ).splitlines()
+    lines = text_table(summarise([make_run(tmp_path / "a"), make_run(tmp_path / "much-longer", 11, clean=1.0)])).splitlines()
     head, rule, first, second = lines[:4]
     assert set(rule) == {"-"}
     assert head.index("method") == first.index("rslad") == second.index("rslad")
@@ -371,12 +368,8 @@ def test_text_table_is_aligned(tmp_path):
 
 
 def test_seeds_are_taken_together_and_paired(tmp_path):
-    base = [
-        make_run(tmp_path / f"kd-s{s}", s, method="kd", clean=c, robust=0.5) for s, c in enumerate((0.90, 0.92, 0.94))
-    ]
-    ours = [
-        make_run(tmp_path / f"ard-s{s}", s, method="ard", clean=c, robust=0.6) for s, c in enumerate((0.91, 0.94, 0.97))
-    ]
+    base = [make_run(tmp_path / f"kd-s{s}", s, method="kd", clean=c, robust=0.5) for s, c in enumerate((0.90, 0.92, 0.94))]
+    ours = [make_run(tmp_path / f"ard-s{s}", s, method="ard", clean=c, robust=0.6) for s, c in enumerate((0.91, 0.94, 0.97))]
     alone = make_run(tmp_path / "ce", 5, method="ce", clean=0.8)
     rows = summarise([*base, *ours, alone])
     kd, ard, ce = group_by_seed(rows, baseline="kd-s1")

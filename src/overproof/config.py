@@ -103,7 +103,7 @@ class TrainConfig(_Section):
     validation_limit: int | None = Field(1000, ge=1, description="images of the validation split that are attacked each epoch")
     validation_steps: int = Field(10, ge=1, description="PGD steps of the validation attack of robust methods")
     checkpoint_seconds: float = Field(60, ge=0, description="between checkpoints inside an epoch; each epoch ends with one")
-    loggers: list[str] = Field(default_factory=list, description="tensorboard, csv, wandb, mlflow")
+    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -74,15 +74,15 @@ def layer(**given: Any) -> dict[str, Any]:
     return table
 
 
-def show_runs(folders: Sequence[Any], output: Path, as_json: bool, title: str = "Overproof") -> None:
-    """Write the report and print the table."""
+def show_runs(folders: Sequence[Any], output: Path, as_json: bool, *, title: str = "Overproof", baseline: str = "") -> None:
+    """Write the report and print the table: over seeds if there are several, with paired differences to `baseline`."""
     from overproof.report import group_by_seed, summarise, text_table, write_report
 
     paths = [folder.path for folder in folders]
     rows = summarise(paths)
     page = write_report(paths, output, title=title)
-    groups = group_by_seed(rows)
-    several = any(group["n"] > 1 for group in groups)
+    several = len({row["seed"] for row in rows}) > 1
+    groups = group_by_seed(rows, baseline or None) if several else []
     result = {"runs": rows, "report": str(page)} | ({"over_seeds": groups} if several else {})
     show(result, as_json, f"{text_table(groups if several else rows)}\n\nreport: {page}")
 

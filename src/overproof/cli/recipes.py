@@ -25,7 +25,7 @@ def _run_recipe(path: Path, out: Path, seeds: str, overrides: Sequence[str], as_
     recipe = read_recipe(path, overrides)
     folders = run_recipe(recipe, out, seeds=numbers(seeds), overrides=overrides)
     flat = [folder for named in folders.values() for folder in named.values()]
-    show_runs(flat, out / "report.html", as_json, recipe.about.title)
+    show_runs(flat, out / "report.html", as_json, title=recipe.about.title, baseline=recipe.about.baseline)
 
 
 def demo(*, out: Path = Path("runs/demo"), seeds: Seeds = "0", json_: Json = False) -> None:

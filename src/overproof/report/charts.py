@@ -61,17 +61,13 @@ def training(runs: Sequence[Run]) -> list[Chart]:
     found = [chart for chart in charts if chart]
     if len(terms) > TERMS and found:
         last = found[-1]
-        found[-1] = Chart(
-            last.title, last.svg, f"{last.note} Not drawn: {', '.join(terms[TERMS:])} (see metrics.jsonl)."
-        )
+        found[-1] = Chart(last.title, last.svg, f"{last.note} Not drawn: {', '.join(terms[TERMS:])} (see metrics.jsonl).")
     return found
 
 
 def _series(run: Run, section: str, key: str, scale: float) -> Line:
     pairs = [(record.get("epoch"), table(record.get(section)).get(key)) for record in run.metrics]
-    kept = [
-        (x + 1, scale * y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None
-    ]
+    kept = [(x + 1, scale * y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
@@ -144,9 +140,7 @@ def _radii(threat: str, lines: list[tuple[int, Run, Line]], attack: str) -> Char
         axes.set(xlabel=f"radius ε ({threat}, pixel values in [0, 1])", ylabel="robust accuracy (%)", ylim=(0, 102))
 
     note = f"Attack: {attack}. Band: ± binomial standard error."
-    return Chart(
-        f"Robust accuracy over the radius, {threat}", draw(paint, f"Robust accuracy over {threat} radius"), note
-    )
+    return Chart(f"Robust accuracy over the radius, {threat}", draw(paint, f"Robust accuracy over {threat} radius"), note)
 
 
 def per_class(runs: Sequence[Run]) -> list[tuple[Run, Chart]]:

@@ -10,7 +10,6 @@ import numpy as np
 
 from overproof.report.reading import Run
 
-MOST = 8
 SIDE = 160  # pixels; larger images are shown smaller
 
 
@@ -29,13 +28,13 @@ class Picture:
     attack: str
 
 
-def pictures(run: Run) -> list[Picture]:
-    """The first examples of the run's gallery; one that cannot be shown adds a warning to `run`."""
+def pictures(run: Run, most: int = 8) -> list[Picture]:
+    """The first `most` examples of the run's gallery; one that cannot be shown adds a warning to `run`."""
     found = run.gallery()
     if not found:
         return []
     try:
-        return [_picture(found, i, run.evaluation["classes"]) for i in range(min(len(found["clean"]), MOST))]
+        return [_picture(found, i, run.evaluation["classes"]) for i in range(min(len(found["clean"]), most))]
     except (KeyError, IndexError, ValueError, TypeError) as error:
         run.warnings.append(
             f"{run.folder.path}: the gallery of {run.chosen!r} cannot be shown ({type(error).__name__}: {error})."

@@ -65,7 +65,7 @@ def write_report(
 def _content(runs: list[Run], title: str | None, baseline: str | None) -> dict[str, Any]:
     rows = [row(run) for run in runs]
     groups = group_by_seed(rows, baseline)
-    galleries = [(run, found) for run in runs if (found := pictures(run))]
+    galleries = [(run, found) for run in runs if (found := pictures(run, 8 if len(runs) <= 3 else 4))]
     script = (TEMPLATES / "sort.js").read_text("utf-8").strip()
     return {
         "title": title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),

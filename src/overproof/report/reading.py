@@ -68,9 +68,7 @@ class Run:
 
     def gallery(self) -> dict[str, np.ndarray]:
         """Example images of the chosen evaluation, or {}; a damaged file adds a warning."""
-        found: dict[str, np.ndarray] = self._try(
-            "gallery", lambda: self.folder.arrays(self.chosen or "", "gallery"), {}
-        )
+        found: dict[str, np.ndarray] = self._try("gallery", lambda: self.folder.arrays(self.chosen or "", "gallery"), {})
         return found
 
     def read(self) -> Run:
@@ -122,9 +120,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
         **raw,
         **{key: number(raw.get(key)) for key in figures},
         **{key: table(raw.get(key)) for key in parts},
-        "attacks": {
-            name: _attack(facts) for name, facts in table(raw.get("attacks")).items() if isinstance(facts, dict)
-        },
+        "attacks": {name: _attack(facts) for name, facts in table(raw.get("attacks")).items() if isinstance(facts, dict)},
         "classes": [str(name) for name in items(raw.get("classes"))],
         "warnings": [str(text) for text in items(raw.get("warnings"))],
     }
@@ -132,9 +128,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 def _attack(raw: dict[str, Any]) -> dict[str, Any]:
     numbers = ("eps", "robust", "success_rate", "success_denominator", "mean_size", "invalid", "seconds")
-    return {key: str(raw.get(key, "unknown")) for key in ("attack", "threat")} | {
-        key: number(raw.get(key)) for key in numbers
-    }
+    return {key: str(raw.get(key, "unknown")) for key in ("attack", "threat")} | {key: number(raw.get(key)) for key in numbers}
 
 
 def _names(paths: Sequence[Path]) -> Iterator[str]:

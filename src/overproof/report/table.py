@@ -128,13 +128,14 @@ def duration(seconds: float | None) -> str:
 
 
 def _text(key: str, head: str, hint: str) -> Column:
-    return Column(head, hint, lambda row: row.get(key), lambda row: str(row.get(key, NONE)), numeric=False)
+    def show(row: Row) -> str:
+        return NONE if row.get(key) is None else str(row[key])
+
+    return Column(head, hint, lambda row: row.get(key), show, numeric=key in ("n", "seed"))
 
 
 def _share(key: str, head: str, hint: str, part: int = 0) -> Column:
-    return Column(
-        head, hint, lambda row: row[key], lambda row: percent(row[key], row.get(f"{key}_se")), best=1, part=part
-    )
+    return Column(head, hint, lambda row: row[key], lambda row: percent(row[key], row.get(f"{key}_se")), best=1, part=part)
 
 
 def _attack(name: str) -> Column:
@@ -154,38 +155,27 @@ def _difference(key: str) -> Column:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns that have something to say about `rows` (of runs, or of groups of seeds)."""
+    """The columns that have something to say about `rows` (of runs, or of groups of seeds), figures first."""
     attacks = list(dict.fromkeys(name for row in rows for name in row["attacks"]))
-    several = any(len(row["attacks"]) > 1 for row in rows)
-    number_of = "n" if any("n" in row for row in rows) else "seed"
+    agreement = "share of images on which student and teacher predict the same class, in per cent"
     found = [
         _text("name", "run", "name of the run folder"),
-        *(
-            [_text("state", "state", "as the run itself last recorded it")]
-            if any(row["state"] != "done" for row in rows)
-            else []
-        ),
         _text("method", "method", "method of training"),
-        _text("data", "data", "data set"),
-        _text("model", "model", "architecture"),
-        Column("size", "number of parameters", lambda row: row["parameters"], lambda row: amount(row["parameters"])),
         _share("clean", "clean %", "accuracy on untouched images, in per cent"),
         _share("robust", "robust %", "robust accuracy, in per cent: right untouched and under every attack", part=1),
-        *([_attack(name) for name in attacks] if several else []),
-        *[_difference(key) for key in ("clean", "robust")],
-        _share(
-            "agreement", "agree %", "share of images on which student and teacher predict the same class, in per cent"
-        ),
+        *(_attack(name) for name in attacks if any(len(row["attacks"]) > 1 for row in rows)),
+        *(_difference(key) for key in ("clean", "robust")),
+        _share("agreement", "agree %", agreement),
         Column("ECE", "expected calibration error", lambda r: r["ece"], lambda r: _decimals(r["ece"]), best=-1),
-        Column("time", "time spent on training", lambda row: row["seconds"], lambda row: duration(row["seconds"])),
-        Column(
-            number_of,
-            "number of seeds" if number_of == "n" else "seed",
-            lambda r: r[number_of],
-            lambda r: NONE if r[number_of] is None else str(r[number_of]),
-        ),
+        _text("model", "model", "architecture"),
+        Column("size", "number of parameters", lambda r: r["parameters"], lambda r: amount(r["parameters"])),
+        _text("data", "data", "data set"),
+        Column("time", "time spent on training", lambda r: r["seconds"], lambda r: duration(r["seconds"])),
+        _text("n", "seeds", "number of seeds") if any("n" in row for row in rows) else _text("seed", "seed", "seed of the run"),
+        _text("state", "state", "as the run itself last recorded it"),
     ]
-    return [column for column in found if any(column.value(row) is not None for row in rows)]
+    finished = all(row["state"] == "done" for row in rows)
+    return [c for c in found if any(c.value(row) is not None for row in rows) and not (finished and c.head == "state")]
 
 
 def _decimals(value: float | None) -> str:
@@ -198,13 +188,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
     kinds = {row["se"] for row in rows if row["clean"] is not None}
     if "seeds" in kinds:
         said.append(
-            "±: standard error of the mean over seeds"
-            + (" (one seed: binomial, over images)." if len(kinds) > 1 else ".")
+            "±: standard error of the mean over seeds" + (" (one seed: binomial, over images)." if len(kinds) > 1 else ".")
         )
     elif kinds:
-        said.append(
-            "±: binomial standard error over the images of one evaluation; it does not cover the choice of seed."
-        )
+        said.append("±: binomial standard error over the images of one evaluation; it does not cover the choice of seed.")
     said += [
         f"Δ: difference from {base}, paired by seed."
         for base in dict.fromkeys(filter(None, (row.get("baseline") for row in rows)))
@@ -212,9 +199,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     sets = list(dict.fromkeys(tuple(row["attacks"]) for row in rows if row["robust"] is not None))
     said += [f"Robust accuracy (worst case over: {', '.join(names)})." for names in sets]
     if not comparable(rows, 0):
-        said.append(
-            "The runs were measured on different images: their figures are not comparable, and none is marked as best."
-        )
+        said.append("The runs were measured on different images: their figures are not comparable, and none is marked as best.")
     elif not comparable(rows, 1):
         said.append(
             "The runs were attacked differently: their robust accuracies are not comparable, and none is marked as best."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from torch import nn
 
 from overproof import console
 from overproof.attacks.base import Attack
-from overproof.config import RunConfig, TrainConfig
+from overproof.config import RunConfig
 from overproof.data import DeviceLoader, Splits, build_augment, make_loader
 from overproof.errors import OverproofError, UsageError
 from overproof.evaluation.evaluator import evaluate
 from overproof.evaluation.records import Evaluation
 from overproof.folder import RunFolder, write_json, write_toml
+from overproof.methods import METHODS
 from overproof.methods.objective import Objective
 from overproof.models.weights import fill, load_model, read_state
 from overproof.run.environment import claim, environment
@@ -67,7 +68,7 @@ def execute(
     if folder.exists and folder.status["state"] == "done":
         return finished(folder, parts)
     with console.quiet_unless(leader), borrowed(parts.teacher), _recorded(folder, leader):
-        fabric = _launch(config.train, folder)
+        fabric = _launch(config, folder)
         objective, splits = prepare(config, parts)
         if fabric.is_global_zero:
             write_toml(folder.path / "config.toml", config.table())
@@ -104,46 +105,54 @@ def resume(out: str | Path, *, deadline: float | None = None) -> Run:
     return execute(config, out, resume=True, deadline=deadline)
 
 
-def _launch(config: TrainConfig, folder: RunFolder) -> Any:
+def _launch(config: RunConfig, folder: RunFolder) -> Any:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
-    strategy: Any = config.strategy
-    if strategy == "auto" and (config.nodes > 1 or config.devices not in (1, "1")):
-        strategy = DDPStrategy()
+    train = config.train
+    strategy: Any = train.strategy
+    if strategy == "auto" and (train.nodes > 1 or train.devices not in (1, "1")):
+        phases = getattr(METHODS.get(config.method.name).load(), "phases", ("train",))
+        # A phase leaves the other phases' parameters without gradients; with one phase that would be a mistake worth an error.
+        strategy = DDPStrategy(find_unused_parameters=len(phases) > 1)
     fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.nodes,
+        accelerator=train.accelerator,
+        devices=train.devices,
+        num_nodes=train.nodes,
         strategy=strategy,
-        precision=f"{config.precision}-true" if config.precision == "32" else config.precision,
-        loggers=_loggers(config.loggers, folder),
+        precision="32-true" if train.precision == "32" else train.precision,
+        loggers=_loggers(train.loggers, folder),
     )
     fabric.launch()
     return fabric
 
 
-def _loggers(names: list[str], folder: RunFolder) -> list[Any]:
-    from lightning.fabric.loggers import CSVLogger, TensorBoardLogger
-    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+def _loggers(names: Sequence[str], folder: RunFolder) -> list[Any]:
+    return [_logger(name, folder) for name in names]
 
-    makers = {
-        "csv": lambda: CSVLogger(str(folder.path), name="csv"),
-        "tensorboard": lambda: TensorBoardLogger(str(folder.path), name="tensorboard"),
-        "wandb": lambda: WandbLogger(save_dir=str(folder.path), name=folder.name, project="overproof"),
-        "mlflow": lambda: MLFlowLogger(save_dir=str(folder.path / "mlflow"), run_name=folder.name),
-    }
-    made = []
-    for name in names:
-        if name not in makers:
-            raise UsageError(f"Unknown logger {name!r}; known: {', '.join(makers)} (metrics.jsonl is always written).")
-        try:
-            made.append(makers[name]())
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                f"The logger {name!r} is not installed ({error}). Install it: pip install 'overproof[{name}]'."
-            ) from None
-    return made
+
+def _logger(name: str, folder: RunFolder) -> Any:
+    place = str(folder.path)
+    try:
+        if name == "csv":
+            from lightning.fabric.loggers import CSVLogger
+
+            return CSVLogger(place, name="csv")
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(place, name="tensorboard")
+        if name == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            return WandbLogger(save_dir=place, name=folder.name, project="overproof")
+        from lightning.pytorch.loggers import MLFlowLogger
+
+        return MLFlowLogger(save_dir=str(folder.path / "mlflow"), run_name=folder.name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"The logger {name!r} is not installed ({error}). Install it: pip install 'overproof[{name}]'."
+        ) from None
 
 
 def _train(

@@ -90,7 +90,7 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
         raise UsageError("Student and teacher are the same module; give the student its own.")
     networks = (student,) if teacher is None else (student, teacher)
     width = _probe(networks, splits)
-    if not splits.classes:
+    if isinstance(splits, UserData) and not splits.classes:
         splits = replace(splits, classes=tuple(map(str, range(width))))  # so that labels are checked
     return METHODS.create(config.method.name, *networks, **config.method.options), splits
 

@@ -31,6 +31,7 @@ class About(BaseModel):
     scale: str = Field("cpu", pattern="^(cpu|gpu)$")
     seeds: list[int] = [0]
     notes: str = ""
+    baseline: str = Field("", description="the run whose figures the others are compared with, seed by seed")
 
 
 class Figure(BaseModel):

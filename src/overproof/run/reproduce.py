@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,15 +120,34 @@ def write_table(results: Path, path: Path, home: Path | None = None) -> None:
             _rows(read_json(results / f"{name}.json")) if (results / f"{name}.json").exists() else ["Not measured yet."]
         )
     path.write_text("\n".join(lines) + "\n", "utf-8")
+    _embed(results, path.with_name("README.md"))
+
+
+def _embed(results: Path, readme: Path) -> None:
+    """Refresh the tables between `<!-- results:NAME -->` and `<!-- end -->`, if the file has such places."""
+    if not readme.exists():
+        return
+    text = readme.read_text("utf-8")
+
+    def table(match: re.Match[str]) -> str:
+        known = results / f"{match[1]}.json"
+        rows = "\n".join(_rows(read_json(known))) if known.exists() else "Not measured yet."
+        return f"<!-- results:{match[1]} -->\n{rows}\n<!-- end -->"
+
+    fresh = re.sub(r"<!-- results:([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    if fresh != text:
+        readme.write_text(fresh, "utf-8")
 
 
 def _rows(result: dict[str, Any]) -> list[str]:
     seen = result["environment"]
-    rows = ["| figure | ours | published | source |", "|---|---|---|---|"]
+    compared = any(figure["published"] is not None for figure in result["figures"])
+    rows = ["| figure | ours | published | source |", "|---|---|---|---|"] if compared else ["| figure | ours |", "|---|---|"]
     for figure in result["figures"]:
         error = "" if figure["standard_error"] is None else f" ± {100 * figure['standard_error']:.2f}"
         published = "" if figure["published"] is None else f"{100 * figure['published']:.2f}"
-        rows.append(f"| {figure['name']} | {100 * figure['mean']:.2f}{error} | {published} | {figure['source']} |")
+        row = f"| {figure['name']} | {100 * figure['mean']:.2f}{error} |"
+        rows.append(row + (f" {published} | {figure['source']} |" if compared else ""))
     seconds = sum(value or 0 for value in result["seconds"].values())
     facts = f"{len(result['seeds'])} seed(s), {seen.get('device')}, torch {seen.get('torch')}, commit {seen.get('commit')}, "
     facts += f"{seen.get('date', '')[:10]}, {seconds:.0f} s of training: `{result['command']}`."

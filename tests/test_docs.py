@@ -1,0 +1,88 @@
+"""What the README and the docs say, runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTING = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+torch.set_num_threads(1)
+images, labels = torch.rand(32, 3, 32, 32), torch.arange(32) % 10
+my_loader = my_test_loader = DataLoader(TensorDataset(images, labels), batch_size=16)
+my_student = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+"""
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text("utf-8"), flags=re.DOTALL)
+
+
+def run_python(code: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_readme_example(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "README.md", "python")
+    assert "Evaluation(clean" in run_python(SETTING + code, tmp_path)
+    assert (tmp_path / "runs/kd/config.toml").exists()
+
+
+def test_extending_examples(tmp_path: Path) -> None:
+    code = "\n".join(blocks(ROOT / "docs/extending.md", "python"))
+    code += (
+        "\nfrom overproof.testing import check_attack, check_method\nimport overproof\n"
+        "check_method(MarginKD)\ncheck_attack(TopLogit(eps=0.1))\n"
+        "run = overproof.train('my-net', 'my-set', epochs=1, batch_size=32, attacks=['top-logit'], out='r')\n"
+        "assert run.evaluations['test-best']['attacks']['top-logit']['robust'] >= 0\n"
+    )
+    run_python(code, tmp_path)
+
+
+def test_readme_commands_name_real_options() -> None:
+    """Every command of the README is understood (shown by asking each for its help) and its options exist."""
+    from overproof.cli import app
+
+    text = "\n".join(blocks(ROOT / "README.md", "sh"))
+    commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("overproof")]
+    assert len(commands) >= 4
+    for _, *words in commands:
+        app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    from overproof.run.prepare import checked
+    from overproof.run.recipes import read_recipe
+
+    recipe = read_recipe(path)
+    assert recipe.about.title
+    for run in recipe.runs:
+        checked(recipe.config(run, Path("out"), 0))
+
+
+def test_example_plugin_keeps_the_contract(tmp_path: Path) -> None:
+    code = (
+        "from overproof.registry import load_plugin; load_plugin(r'%s')\n"
+        "from overproof import METHODS; from overproof.testing import check_method\n"
+        "check_method(METHODS.get('margin-kd').load())"
+    )
+    run_python(code % (ROOT / "examples" / "plugin_method.py"), tmp_path)
+
+
+def test_nothing_speaks_of_one_machine() -> None:
+    words = re.compile(r"/work/|/tmp/|/root/|/home/\w")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / "src").rglob("*.py"), *ROOT.glob("results/*.json")]:
+        assert not words.search(path.read_text("utf-8")), path
