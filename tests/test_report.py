@@ -238,6 +238,15 @@ def test_a_run_that_is_not_finished(tmp_path):
     assert "could not be used" not in source  # a cut last line is what a crash leaves behind
 
 
+def test_a_run_that_was_never_attacked(tmp_path):
+    run = make_run(tmp_path / "calm")
+    summary = evaluation(0.9, 0.5, ["a", "b"], ())
+    write_json(run / "evaluations" / "test.json", {**summary, "worst_case": None, "curve": None, "agreement": None})
+    source = page(write_report([run])).source
+    assert "Never attacked, so nothing is known about the robustness of: calm." in source
+    assert "robust %" not in source
+
+
 def test_nothing_but_a_status(tmp_path):
     write_json(tmp_path / "bare" / "status.json", {"state": "running"})
     assert "bare: running" in page(write_report([tmp_path / "bare"])).source
@@ -386,6 +395,22 @@ def test_seeds_are_taken_together_and_paired(tmp_path):
     source = page(write_report([*base, *ours, alone], baseline="kd")).source
     assert 'id="seeds"' in source
     assert "standard error of the mean over seeds" in source
+
+
+@pytest.mark.parametrize(
+    ("names", "group"),
+    [
+        (("kd-s1", "kd-s10"), "kd"),
+        (("kd-seed-1", "kd-seed-2"), "kd"),
+        (("resnet8-0", "resnet8-1"), "resnet8"),
+        (("seed-0/student", "seed-1/student"), "student"),
+        (("0", "1"), "rslad"),
+        (("resnet20",), "resnet20"),
+    ],
+)
+def test_groups_have_the_name_that_their_runs_share(tmp_path, names, group):
+    runs = [make_run(tmp_path / name, seed, epochs=1) for seed, name in enumerate(names)]
+    assert [row["name"] for row in group_by_seed(summarise(runs))] == [group]
 
 
 def test_seeds_measured_differently_are_never_averaged(tmp_path):

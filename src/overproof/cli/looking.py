@@ -88,15 +88,23 @@ def _evaluation_text(summary: dict[str, Any]) -> str:
 
 
 def report(
-    runs: tuple[Path, ...], *, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None, json_: Json = False
+    runs: tuple[Path, ...],
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    baseline: str | None = None,
+    json_: Json = False,
 ) -> None:
-    """Write one page about one or several runs, from their folders alone."""
-    from overproof.folder import RunFolder
+    """Write one page about one or several runs, from their folders alone.
+
+    Parameters
+    ----------
+    baseline
+        A run, or a group of runs that differ in the seed: the others are compared with it, seed by seed.
+    """
     from overproof.report import summarise, write_report
 
-    folders = [RunFolder(run).require().path for run in runs]
-    page = write_report(folders, output)
-    show({"report": str(page), "runs": summarise(folders)}, json_, str(page))
+    page = write_report(runs, output, baseline=baseline)
+    show({"report": str(page), "runs": summarise(runs)}, json_, str(page))
 
 
 def list_entries(

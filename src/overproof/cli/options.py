@@ -80,8 +80,8 @@ def show_runs(folders: Sequence[Any], output: Path, as_json: bool, *, title: str
 
     paths = [folder.path for folder in folders]
     rows = summarise(paths)
-    page = write_report(paths, output, title=title)
     several = len({row["seed"] for row in rows}) > 1
+    page = write_report(paths, output, title=title, baseline=(baseline or None) if several else None)
     groups = group_by_seed(rows, baseline or None) if several else []
     result = {"runs": rows, "report": str(page)} | ({"over_seeds": groups} if several else {})
     show(result, as_json, f"{text_table(groups if several else rows)}\n\nreport: {page}")

@@ -169,7 +169,11 @@ def _classes(run: Run) -> Chart | None:
         for values, color, shift in ((clean, PALETTE[5], -width / 2), (robust, PALETTE[0], width / 2)):
             if values:
                 heights = [100 * (values[i] or 0) for i in shown]
-                axes.bar([p + (shift if robust else 0) for p in places], heights, width, color=color)
+                centres = [place + (shift if robust else 0) for place in places]
+                axes.bar(centres, heights, width, color=color)
+                for place, i in zip(centres, shown, strict=True):
+                    if values[i] is None:  # no image of this class was seen, which is not an accuracy of 0
+                        axes.text(place, 2, "none", fontsize=7, rotation=90, ha="center", va="bottom")
         axes.set_xticks(places, labels, **turned)
         axes.tick_params(axis="x", length=0)
         axes.grid(visible=False, axis="x")

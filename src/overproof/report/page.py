@@ -45,11 +45,8 @@ def write_report(
     import jinja2
 
     runs = read_runs(folders)
-    path = (
-        Path(output)
-        if output
-        else (runs[0].folder.path if len(runs) == 1 else runs[0].folder.path.resolve().parent) / "report.html"
-    )
+    first = runs[0].folder.path
+    path = Path(output) if output else (first if len(runs) == 1 else first.resolve().parent) / "report.html"
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -12,7 +12,8 @@ from typing import Any
 from overproof.errors import UnknownNameError
 from overproof.report.table import Row
 
-_SEED = re.compile(r"(?:[-_. ]+(?:seed|s)?|seed)[-_=]?\d*$")
+_SEED = re.compile(r"(?:[-_. /]+(?:seed|s)?|seed)[-_=]?\d*$")
+_SEED_FOLDER = re.compile(r"\bseed-\d+\b")
 FIGURES = ("clean", "robust", "agreement", "ece", "seconds")
 
 
@@ -34,7 +35,12 @@ def group_by_seed(rows: Sequence[Row], baseline: str | None = None) -> list[Row]
     members: dict[Any, list[Row]] = {}
     for position, row in enumerate(rows):
         config = {key: value for key, value in row["config"].items() if key not in ("seed", "out")}
-        key = json.dumps(config, sort_keys=True, default=str) if config else f"no configuration, row {position}"
+        # A student of seed 1 learns from the teacher of seed 1: its folder's name differs by the seed and by nothing else.
+        key = (
+            _SEED_FOLDER.sub("seed-N", json.dumps(config, sort_keys=True, default=str))
+            if config
+            else f"no configuration, row {position}"
+        )
         members.setdefault((key, row["protocol"]), []).append(row)
     groups: dict[str, list[Row]] = {}
     for found in members.values():
@@ -55,7 +61,8 @@ def _name(found: Sequence[Row]) -> str:
     names = [row["name"] for row in found]
     if len(names) == 1:
         return str(names[0])
-    return _SEED.sub("", _common_start(names)) or str(found[0]["method"])
+    end = _common_start([name[::-1] for name in names])[::-1]
+    return _SEED.sub("", _common_start(names)) or end.lstrip("0123456789/-_. ") or str(found[0]["method"])
 
 
 def _common_start(names: Sequence[str]) -> str:

@@ -198,6 +198,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     ]
     sets = list(dict.fromkeys(tuple(row["attacks"]) for row in rows if row["robust"] is not None))
     said += [f"Robust accuracy (worst case over: {', '.join(names)})." for names in sets]
+    calm = [row["name"] for row in rows if row["clean"] is not None and not row["attacks"]]
+    if calm:
+        said.append(f"Never attacked, so nothing is known about the robustness of: {', '.join(calm)}.")
     if not comparable(rows, 0):
         said.append("The runs were measured on different images: their figures are not comparable, and none is marked as best.")
     elif not comparable(rows, 1):
