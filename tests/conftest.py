@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if not os.environ.get("OVERPROOF_TEST_CUDA"):  # tests compare on the CPU; tests/test_cuda.py says how to run the others
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

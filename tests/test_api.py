@@ -108,7 +108,6 @@ def test_own_attack_in_the_final_evaluation(digits: Splits, tmp_path: Path) -> N
         def __call__(self, model, images, labels, generator=None):
             return (images + 0.2).clamp(0, 1)
 
-    run = overproof.train("mlp", digits, epochs=1, out=tmp_path / "r", attacks={"shift": Shift()}) if False else None
     model = overproof.create_model("mlp", 10, 1, 8)
     run = overproof.train(model, digits, epochs=1, out=tmp_path / "r", attacks={"shift": Shift()})
     assert "shift" in run.evaluations["test-best"]["attacks"]
@@ -164,12 +163,17 @@ def test_cached_teacher_gives_the_same_student(digits: Splits, tmp_path: Path) -
         (lambda m, d, o: overproof.train(m, iter([(torch.rand(4, 1, 8, 8), torch.zeros(4).long())]), out=o), UsageError, "no length"),
         (lambda m, d, o: overproof.train(m, d, out=o, cache_teacher=True, augment=["crop"]), UsageError, "without augmentation"),
         (lambda m, d, o: overproof.train(m, d, out=o, precision="8"), UsageError, "train.precision"),
+        (lambda m, d, o: overproof.train(m, d, out=o, augment=["crp"]), UnknownNameError, "Did you mean 'crop'"),
+        (lambda m, d, o: overproof.train(m, d, out=o, test_data=d.test), UsageError, "bring their own"),
+        (lambda m, d, o: overproof.train("mlp", "digits", out=o, data_options={"limit_trian": 3}), UnknownNameError, "Did you mean 'limit_train'"),
+        (lambda m, d, o: overproof.train("mlp", "digits", out=o, model_options={"hiden": 3}), UnknownNameError, "Did you mean 'hidden'"),
+        (lambda m, d, o: overproof.train("mlp", "digits", out=o, milestones=[100]), UsageError, "milestones"),
     ],
 )  # fmt: skip
 def test_bad_calls_write_nothing(call, error, message, digits: Splits, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         call(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits, tmp_path / "r")
-    assert not (tmp_path / "r" / "weights").exists()
+    assert not (tmp_path / "r").exists()
 
 
 def test_hostile_weights_are_not_executed(tmp_path: Path) -> None:
@@ -197,3 +201,110 @@ def test_hostile_weights_are_not_executed(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="not executed"):
         read_state(tmp_path / "w.pt")
     assert not witness.exists()
+
+
+def test_shuffled_loader_resumes_to_the_same_bits(digits: Splits, tmp_path: Path) -> None:
+    """The order of a user's own DataLoader depends on the run's seed, so an interrupted run meets the same batches."""
+    import time
+
+    def go(out: Path, **options: object) -> nn.Module:
+        torch.manual_seed(torch.seed() % 1000)
+        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        for parameter in student.parameters():
+            nn.init.constant_(parameter, 0.01)
+        data = TensorDataset(digits.train.images[:96] / 255, digits.train.labels[:96])
+        overproof.train(student, DataLoader(data, batch_size=16, shuffle=True), epochs=3, lr=0.5, out=out, **options)
+        return student
+
+    whole = go(tmp_path / "whole")
+    from overproof.training import loop
+
+    original, steps = loop.Trainer._step, iter(range(1, 100))
+
+    def stop_at_eight(self: loop.Trainer, batch: object, epoch: int) -> None:
+        original(self, batch, epoch)
+        if next(steps) == 8:
+            self.deadline = time.monotonic()
+
+    loop.Trainer._step = stop_at_eight
+    try:
+        with pytest.raises(overproof.OverproofError, match="step 8 of 18"):
+            go(tmp_path / "cut")
+    finally:
+        loop.Trainer._step = original
+    resumed = go(tmp_path / "cut", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_callers_randomness_goes_on(digits: Splits, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    before = torch.get_rng_state()
+    overproof.train(model, digits, epochs=1, out=tmp_path / "s")
+    overproof.evaluate(
+        model, DataLoader(TensorDataset(digits.test.images / 255, digits.test.labels), batch_size=64, shuffle=True)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_resume_with_attack_values(digits: Splits, tmp_path: Path) -> None:
+    for _ in range(2):
+        run = overproof.train(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+            digits,
+            epochs=1,
+            out=tmp_path / "r",
+            resume=True,
+            attacks=[overproof.PGD(eps=0.1)],
+        )
+    assert run.evaluations["test-best"]["attacks"]["pgd"]["eps"] == 0.1
+
+
+def test_a_folder_has_one_writer(digits: Splits, tmp_path: Path) -> None:
+    import fcntl
+
+    run = tmp_path / "r"
+    run.mkdir()
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(FolderError, match="Another process is working"):
+            overproof.train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits, epochs=1, out=run)
+
+
+def test_foreign_code_is_run_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strange_module.py").write_text(
+        "from torch import nn\ndef net(classes, in_channels, image_size):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from overproof.cli import call
+
+    monkeypatch.chdir(tmp_path)
+    quick = ["--data", "digits", "--set", "data.limit_train=100", "--set", "data.limit_test=20", "--epochs", "1"]
+    assert call(["train", *quick, "--model", "strange_module:net", "--out", "r", "--trust"]) == 0
+    with pytest.raises(overproof.OverproofError, match="trusted=True"):
+        overproof.load("r")
+    assert overproof.load("r", trusted=True)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(UsageError, match="--trust"):
+        overproof.resume("r")
+    assert call(["evaluate", "r", "--attack", "fgsm"]) == 1
+    assert call(["evaluate", "r", "--attack", "fgsm", "--trust"]) == 0
+
+
+def test_csv_logger_writes(digits: Splits, tmp_path: Path) -> None:
+    overproof.train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits, epochs=2, loggers=["csv"], out=tmp_path / "r")
+    (table,) = (tmp_path / "r" / "csv").rglob("metrics.csv")
+    assert "train/loss" in table.read_text().splitlines()[0]
+    assert len(table.read_text().splitlines()) >= 3
+
+
+def test_compiled_networks_train(digits: Splits, tmp_path: Path) -> None:
+    """In place, with clean names in the weights; the teacher comes back as it was."""
+    teacher = overproof.create_model("mlp", 10, 1, 8)
+    student = overproof.create_model("mlp", 10, 1, 8, hidden=(8,))
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(suppress_errors=False):
+        run = overproof.distill(student, teacher, digits, epochs=1, compile=True, channels_last=True, out=tmp_path / "r")
+    assert teacher._compiled_call_impl is None
+    assert set(overproof.load(run.path, model=overproof.create_model("mlp", 10, 1, 8, hidden=(8,))).state_dict()) == set(
+        student.state_dict()
+    )

@@ -256,3 +256,54 @@ def test_two_processes_equal_one_with_the_doubled_batch() -> None:
     first, second = (RunFolder(f"runs/{name}").metrics for name in ("one", "two"))
     assert first[-1]["validation"] == pytest.approx(second[-1]["validation"], abs=1e-5)
     assert first[-1]["step"] == second[-1]["step"]
+
+
+def test_a_runs_configuration_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["train", *QUICK, "--model", "mlp", "--seed", "7", "--out", "runs/first"]) == 0
+    assert call(["run", "runs/first/config.toml", "--out", "runs/again"]) == 0
+    first, again = (load_file(f"runs/{name}/weights/last.safetensors") for name in ("first", "again/config"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    Path("rslad.toml").write_text('[method]\nname = "rslad"\neps = 0.1\nsteps = 1\n')
+    command = ["distill", *QUICK, "--config", "rslad.toml", "--teacher", "runs/first", "--student", "mlp", "--out", "runs/kd"]
+    assert call(command) == 0
+    assert RunFolder("runs/kd").config["method"]["name"] == "rslad"
+    assert RunFolder("runs/kd").evaluations["test-best"]["attacks"]["pgd-20"]["eps"] == 0.1
+
+
+def test_code_named_in_files_needs_trust(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("hostile.toml").write_text('[model]\nname = "os:system"\n')
+    for command in (["run", "hostile.toml"], ["train", *QUICK, "--config", "hostile.toml", "--out", "x"]):
+        assert call(command) == 2
+        assert "--trust" in capsys.readouterr().err
+
+
+def test_torchrun_processes_are_used() -> None:
+    """Under torchrun the processes it started train one model together, and one of them speaks."""
+    Path("main.py").write_text("from overproof.cli import main; main()")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "main.py",
+        "train",
+        *QUICK,
+    ]
+    command += [
+        "--model",
+        "mlp",
+        "--set",
+        "train.accelerator=cpu",
+        "--set",
+        "train.checkpoint_seconds=0",
+        "--out",
+        "runs/two",
+        "--json",
+    ]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["runs"][0]["state"] == "done"
+    # 200 images, batches of 2 x 128 do not fill: one near-equally cut step in the epoch
+    assert RunFolder("runs/two").metrics[-1]["step"] == 1

@@ -148,3 +148,20 @@ def test_model_without_logits_is_named() -> None:
     data = ImageSet(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
     with pytest.raises(DataError, match=r"returned \(2,\).*shape \(N, K\)"):
         evaluate(nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0)), data)
+
+
+def test_attacks_as_a_list_and_data_by_name() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    result = evaluate(model, "digits", attacks=[FGSM(eps=0.1), "pgd"])
+    assert set(result.robust) == {"fgsm", "pgd"}
+    assert result.summary["samples"] == 450
+
+
+def test_verdict_of_a_targeted_attack_leaves_a_training_model_alone() -> None:
+    from overproof.evaluation import verdict
+
+    model = small_model().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    verdict(PGD(eps=0.1, steps=2, targeted=True), model, torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "overproof"
 FLOORS = [
-    {"errors", "types", "registry", "folder", "console", "features", "losses", "config"},
+    {"errors", "types", "registry", "folder", "console", "networks", "features", "losses", "config"},
     {"attacks", "models", "data"},
     {"evaluation", "methods"},
     {"training", "report", "testing"},
@@ -57,7 +57,7 @@ def test_methods_never_import_each_other() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_readable(path: Path) -> None:
     text = path.read_text("utf-8")
-    assert len(text.splitlines()) <= 330 if path.name == "cli.py" else len(text.splitlines()) <= 275, f"{path} is too long"
+    assert len(text.splitlines()) <= 250, f"{path} is too long"
     assert "pickle" not in text.replace("allow_pickle=False", "").replace("unpickled", "") or path.name == "weights.py"
 
 

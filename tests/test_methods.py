@@ -31,6 +31,19 @@ def test_every_method_keeps_the_contract(name: str) -> None:
     check_method(entry.load(), teacher="teacher" in entry.positional())
 
 
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_parameter_learns_under_autocast(name: str) -> None:
+    """A cached half-precision copy made without gradients must not stand in for the weight afterwards."""
+    entry = METHODS.get(name)
+    networks = [small_model(0), small_model(1)][: len(entry.positional())]
+    objective = METHODS.create(name, *networks).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = objective(small_batch(8), NOW)
+    sum(output.losses.values()).backward()
+    assert all(p.grad is not None for p in networks[0].parameters())
+    assert float(networks[0][0].weight.grad.norm()) > 1e-4
+
+
 def test_kl_direction_and_gradient() -> None:
     torch.manual_seed(0)
     target, logits = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64, requires_grad=True)

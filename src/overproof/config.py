@@ -82,7 +82,7 @@ class TrainConfig(_Section):
     nesterov: bool = False
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["cosine", "multi-step", "one-cycle", "constant"] = "cosine"
-    milestones: list[float] = Field(
+    milestones: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         default=[0.5, 0.75], description="shares of the training after which lr is multiplied by gamma"
     )
     gamma: float = Field(0.1, gt=0)
@@ -97,10 +97,10 @@ class TrainConfig(_Section):
     accelerator: str = "auto"
     devices: int | str = 1
     nodes: int = Field(1, ge=1)
-    strategy: str = "auto"
+    strategy: Literal["auto", "ddp"] = "auto"
     workers: int = Field(2, ge=0, description="loader processes for data that do not fit into memory")
     cache_teacher: bool = Field(False, description="run the teacher once per image; only without augmentation")
-    validation_limit: int | None = Field(1000, ge=1, description="images of the validation split that are attacked each epoch")
+    validation_limit: int = Field(1000, ge=0, description="validation images that are attacked each epoch; 0: all")
     validation_steps: int = Field(10, ge=1, description="PGD steps of the validation attack of robust methods")
     checkpoint_seconds: float = Field(60, ge=0, description="between checkpoints inside an epoch; each epoch ends with one")
     loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
@@ -136,7 +136,13 @@ class RunConfig(_Section):
 
     def table(self) -> dict[str, Any]:
         """As plain values, for TOML."""
-        return self.model_dump(mode="json", exclude_none=True)
+        table: dict[str, Any] = _without_none(self.model_dump(mode="json"))
+        return table
+
+
+def _without_none(value: Any) -> Any:
+    """TOML cannot say None: what is not there takes its default when it is read."""
+    return {k: _without_none(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def resolve(*layers: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:

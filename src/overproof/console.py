@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,11 @@ from typing import Any
 
 PLAIN_SECONDS = 10.0
 _quiet = False
+
+
+def leading() -> bool:
+    """Whether this process speaks and writes for all: the first of several, or the only one."""
+    return not any(int(os.environ.get(name) or 0) for name in ("LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def set_quiet(quiet: bool) -> None:

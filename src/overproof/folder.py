@@ -18,6 +18,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         FolderError: the disk is full or not writable; what was there before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
             yield file
@@ -47,16 +48,17 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise FolderError(_disk_message(path, error)) from error
+        raise FolderError(disk_message(path, error)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _disk_message(path: Path, error: OSError) -> str:
+def disk_message(path: Path, error: OSError) -> str:
+    """What went wrong with the disk, and what to do."""
     if error.errno == errno.ENOSPC:
         return (
             f"No space is left on the disk for {path}. What was written before is intact: free some space, then continue "
-            f"with `overproof resume {path.parent}`."
+            f"with `overproof resume {path.parent if path.parent.name not in ('weights', 'evaluations') else path.parent.parent}`."
         )
     return f"Could not write {path}: {error.strerror or error}."
 
@@ -64,7 +66,19 @@ def _disk_message(path: Path, error: OSError) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     with atomic(path) as file:
-        file.write(json.dumps(value, indent=2, default=float).encode() + b"\n")
+        file.write(json.dumps(plain(value), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can say it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def read_json(path: Path) -> Any:
@@ -147,8 +161,8 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether this folder holds a run."""
-        return (self.path / MARKER).is_file()
+        """Whether this folder holds a run, if only just begun."""
+        return (self.path / MARKER).is_file() or (self.path / "config.toml").is_file()
 
     def require(self) -> RunFolder:
         """This folder, or an error if it holds no run.
@@ -157,7 +171,7 @@ class RunFolder:
             FolderError: there is no run here.
         """
         if not self.exists:
-            raise FolderError(f"{self.path} is not a run folder (no {MARKER} in it). Give the folder named by --out.")
+            raise FolderError(f"{self.path} is not a run folder (no config.toml in it). Give the folder named by --out.")
         return self
 
     @property
@@ -174,11 +188,12 @@ class RunFolder:
     @property
     def status(self) -> dict[str, Any]:
         """State of the run."""
-        return dict(read_json(self.path / MARKER))
+        path = self.path / MARKER
+        return dict(read_json(path)) if path.is_file() else {"state": "begun"}
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Record the state, keeping earlier facts that are not given anew."""
-        known = self.status if self.exists else {}
+        known = self.status
         write_json(self.path / MARKER, {**known, "state": state, **facts})
 
     @property

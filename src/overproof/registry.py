@@ -129,7 +129,7 @@ class Registry:
             UsageError: the name is taken by another builder.
         """
         known = self._entries.get(name)
-        if known is not None and known.target is not target and known.target != target:
+        if known is not None and _identity(known.target) != _identity(target):
             raise UsageError(f"The {self.kind} name {name!r} is taken by {known.target}; choose another name.")
         self._entries[name] = Entry(name, target, **about)
 
@@ -184,6 +184,11 @@ class Registry:
                     loaded()
             except Exception as error:  # a broken plug-in must not take the toolkit down with it
                 warnings.warn(f"The plug-in {point.value!r} ({self.group}) could not be loaded: {error}", stacklevel=2)
+
+
+def _identity(target: str | Callable[..., Any]) -> str:
+    """Running a notebook cell again makes another object of the same name, which may replace the first."""
+    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
 
 
 def load_plugin(path: str | Path) -> None:

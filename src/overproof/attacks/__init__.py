@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from overproof.registry import Registry
 
 if TYPE_CHECKING:
-    from overproof.attacks.ascent import ascend, in_mode
+    from overproof.attacks.ascent import ascend
     from overproof.attacks.base import Attack, predictions
     from overproof.attacks.fgsm import FGSM
     from overproof.attacks.pgd import PGD
@@ -34,7 +34,6 @@ ATTACKS.add(
 
 _HOMES = {
     "ascend": "ascent",
-    "in_mode": "ascent",
     "Attack": "base",
     "predictions": "base",
     "FGSM": "fgsm",
@@ -47,7 +46,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "ATTACKS", "FGSM", "L1", "L2", "PGD", "Attack", "Linf", "Threat", "ascend", "in_mode", "make_threat", "predictions",
+    "ATTACKS", "FGSM", "L1", "L2", "PGD", "Attack", "Linf", "Threat", "ascend", "make_threat", "predictions",
 ]  # fmt: skip
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from overproof.attacks.threats import Threat
+from overproof.attacks.threats import Threat, blank
 from overproof.errors import OverproofError
 
 Start = Literal["uniform", "gaussian", "image"]
@@ -71,8 +70,8 @@ def _start(images: Tensor, threat: Threat, start: Start, generator: torch.Genera
     if start == "uniform":
         return threat.random(images, generator)
     if start == "gaussian":
-        noise = torch.empty_like(images).normal_(0, 0.001, generator=generator)
-        return threat.project(images + noise, images)
+        noise = blank(images, generator).normal_(0, 0.001, generator=generator)
+        return threat.project(images + noise.to(images.device), images)
     return images.clone()
 
 
@@ -89,18 +88,3 @@ def _gradient(loss: Loss, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | Non
             )
         (gradient,) = torch.autograd.grad(values.sum(), x)
     return gradient, finished
-
-
-@contextmanager
-def in_mode(model: nn.Module, mode: Literal["eval", "train", "keep"] = "eval") -> Iterator[None]:
-    """`model` in the given mode inside the block; afterwards every submodule has its own mode again."""
-    if mode == "keep":
-        yield
-        return
-    before = [(module, module.training) for module in model.modules()]
-    model.train(mode == "train")
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.ascent import in_mode
 from overproof.attacks.threats import Norm, Threat, make_threat
 from overproof.errors import DataError
+from overproof.networks import in_mode
 
 
 @runtime_checkable

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.ascent import Start, ascend, in_mode
+from overproof.attacks.ascent import Start, ascend
 from overproof.attacks.base import BudgetAttack, logits_of
 from overproof.losses.divergences import cross_entropy
+from overproof.networks import in_mode
 
 
 @dataclass(frozen=True, kw_only=True)

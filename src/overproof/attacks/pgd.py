@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.ascent import ascend, in_mode
+from overproof.attacks.ascent import ascend
 from overproof.attacks.base import BudgetAttack, logits_of, predictions
 from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy
+from overproof.networks import in_mode
 
 
 @dataclass(frozen=True, kw_only=True)

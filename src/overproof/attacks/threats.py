@@ -71,7 +71,7 @@ class Linf(Threat):
         return torch.minimum(torch.maximum(candidates, low), high)
 
     def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.empty_like(images).uniform_(-self.eps, self.eps, generator=generator)
+        noise = blank(images, generator).uniform_(-self.eps, self.eps, generator=generator).to(images.device)
         return (images + noise).clamp_(0, 1)
 
 
@@ -97,7 +97,7 @@ class L2(Threat):
         return (images + delta * _per_sample(scale, delta)).clamp_(0, 1)
 
     def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        direction = torch.empty_like(images).normal_(generator=generator)
+        direction = blank(images, generator).normal_(generator=generator).to(images.device)
         radius = self.eps * _uniform(images, generator) ** (1 / images[0].numel())
         return (images + direction * _per_sample(radius / self.size(direction), images)).clamp_(0, 1)
 
@@ -130,9 +130,9 @@ class L1(Threat):
 
     def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         # Exponential variables divided by the sum of themselves and one more are uniform in the simplex's interior.
-        parts = torch.empty_like(images).exponential_(generator=generator)
+        parts = blank(images, generator).exponential_(generator=generator).to(images.device)
         rest = -torch.log1p(-_uniform(images, generator).clamp(max=1 - 1e-7))
-        signs = torch.empty_like(images).uniform_(-1, 1, generator=generator).sign()
+        signs = blank(images, generator).uniform_(-1, 1, generator=generator).sign().to(images.device)
         return (images + self.eps * signs * parts / _per_sample(self.size(parts) + rest, parts)).clamp_(0, 1)
 
 
@@ -143,7 +143,12 @@ def _movable(gradient: Tensor, at: Tensor) -> Tensor:
 
 
 def _uniform(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.empty(len(images), device=images.device, dtype=images.dtype).uniform_(0, 1, generator=generator)
+    return blank(images[:, 0, 0, 0], generator).uniform_(0, 1, generator=generator).to(images.device)
+
+
+def blank(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An empty tensor of the same shape and type where the generator can fill it."""
+    return torch.empty(like.shape, dtype=like.dtype, device=generator.device if generator else like.device)
 
 
 def _bisect(too_small: Callable[[Tensor], Tensor], high: Tensor, rounds: int = 40) -> Tensor:

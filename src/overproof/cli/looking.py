@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from overproof.cli.options import Json, Names, Plugin, Set, attacks_of, plugins, show
+from overproof.cli.options import Json, Names, Plugin, Set, Trust, attacks_of, plugins, show
 from overproof.errors import UsageError
 
 
@@ -28,6 +28,7 @@ def evaluate(
     seed: int = 0,
     set_: Set = (),
     plugin: Plugin = (),
+    trust: Trust = False,
     json_: Json = False,
 ) -> None:
     """Measure a run, or any model with weights, on clean and attacked images.
@@ -59,7 +60,7 @@ def evaluate(
     options |= {"teacher": teacher, "overrides": overrides}
     kept: Path | None = None
     if run is not None:
-        result = evaluate_run(run, which=which, name=name, **options)
+        result = evaluate_run(run, which=which, name=name, trusted=trust, **options)
         kept = run / "evaluations" / f"{result.summary['name']}.json"
     elif model is not None and data is not None:
         result = evaluate_model(model, weights, **options)

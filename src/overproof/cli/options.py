@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from overproof import console
 from overproof.errors import UsageError
+from overproof.folder import plain
 
 Set = Annotated[
     tuple[str, ...], Parameter(name="--set", negative="", help="section.key=value of the configuration; repeatable.")
@@ -19,6 +21,9 @@ Plugin = Annotated[
 ]
 Names = Annotated[tuple[str, ...], Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="The result as one JSON object on standard output.")]
+Trust = Annotated[
+    bool, Parameter(negative="", help="Allow files that are read to name package.module:callable, and run that code.")
+]
 Seeds = Annotated[str, Parameter(help="Comma-separated seeds: one run each, mean ± standard error.")]
 
 
@@ -30,7 +35,8 @@ def plugins(paths: Sequence[Path]) -> None:
 
 
 def show(value: Any, as_json: bool, text: str) -> None:
-    print(json.dumps(value, default=str) if as_json else text)
+    if console.leading():
+        print(json.dumps(plain(value)) if as_json else text)
 
 
 def numbers(text: str) -> list[int]:
@@ -78,6 +84,8 @@ def show_runs(folders: Sequence[Any], output: Path, as_json: bool, *, title: str
     """Write the report and print the table: over seeds if there are several, with paired differences to `baseline`."""
     from overproof.report import group_by_seed, summarise, text_table, write_report
 
+    if not console.leading():
+        return
     paths = [folder.path for folder in folders]
     rows = summarise(paths)
     several = len({row["seed"] for row in rows}) > 1

@@ -8,22 +8,31 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from overproof.cli.options import Json, Plugin, Seeds, Set, numbers, plugins, show, show_runs
+from overproof.cli.options import Json, Plugin, Seeds, Set, Trust, numbers, plugins, show, show_runs
 
 
 def run(
-    recipe: Path, *, out: Path | None = None, seeds: Seeds = "", set_: Set = (), plugin: Plugin = (), json_: Json = False
+    recipe: Path,
+    *,
+    out: Path | None = None,
+    seeds: Seeds = "",
+    set_: Set = (),
+    plugin: Plugin = (),
+    trust: Trust = False,
+    json_: Json = False,
 ) -> None:
     """Run a recipe; what is finished is kept, what was interrupted goes on."""
     plugins(plugin)
-    _run_recipe(recipe, out or Path("runs") / recipe.stem, seeds, set_, json_)
+    _run_recipe(recipe, out or Path("runs") / recipe.stem, seeds=seeds, overrides=set_, trust=trust, as_json=json_)
 
 
-def _run_recipe(path: Path, out: Path, seeds: str, overrides: Sequence[str], as_json: bool) -> None:
+def _run_recipe(
+    path: Path, out: Path, *, seeds: str, as_json: bool, overrides: Sequence[str] = (), trust: bool = False
+) -> None:
     from overproof.run.recipes import read_recipe, run_recipe
 
     recipe = read_recipe(path, overrides)
-    folders = run_recipe(recipe, out, seeds=numbers(seeds), overrides=overrides)
+    folders = run_recipe(recipe, out, seeds=numbers(seeds), overrides=overrides, trusted=trust)
     flat = [folder for named in folders.values() for folder in named.values()]
     show_runs(flat, out / "report.html", as_json, title=recipe.about.title, baseline=recipe.about.baseline)
 
@@ -32,7 +41,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: Seeds = "0", json_: Json = Fal
     """The main job on real handwritten digits: teachers, students, attacks, one table, one page."""
     from overproof.run.recipes import recipes_home
 
-    _run_recipe(recipes_home() / "demo.toml", out, seeds, (), json_)
+    _run_recipe(recipes_home() / "demo.toml", out, seeds=seeds, as_json=json_)
 
 
 def reproduce(

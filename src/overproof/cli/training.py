@@ -6,15 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from overproof.cli.options import Json, Names, Plugin, Seeds, Set, attacks_of, devices_of, layer, numbers, plugins, show_runs
+from overproof.cli.options import (
+    Json,
+    Names,
+    Plugin,
+    Seeds,
+    Set,
+    Trust,
+    attacks_of,
+    devices_of,
+    layer,
+    numbers,
+    plugins,
+    show_runs,
+)
 
 
 def _execute(
-    table: dict[str, Any], overrides: Sequence[str], *, config: Path | None, out: Path, seeds: str, as_json: bool
+    table: dict[str, Any], overrides: Sequence[str], *, config: Path | None, out: Path, seeds: str, trust: bool, as_json: bool
 ) -> None:
     from overproof.config import read_config, resolve
+    from overproof.run.prepare import refuse_code
 
-    resolved = resolve(read_config(config) if config else {}, table, overrides=overrides)
+    weakest = {"method": {"name": "kd"}} if table["verb"] == "distill" else {}
+    if config:
+        weakest = refuse_code(resolve(weakest, read_config(config)), str(config), trust).table()
+    resolved = resolve(weakest, table, overrides=overrides)
     chosen = numbers(seeds)
     if len(chosen) > 1:
         from overproof.run.seeds import execute_seeds
@@ -24,7 +41,7 @@ def _execute(
         from overproof.run.execute import execute
 
         if chosen:
-            resolved = resolved.model_copy(update={"seed": chosen[0]})
+            resolved = resolve(resolved.table(), {"seed": chosen[0]})
         folders = [execute(resolved, out).folder]
     show_runs(folders, out / "report.html", as_json)
 
@@ -48,6 +65,7 @@ def train(
     seeds: Seeds = "",
     set_: Set = (),
     plugin: Plugin = (),
+    trust: Trust = False,
     json_: Json = False,
 ) -> None:
     """Train a classifier: alone, adversarially, or with any method that needs no teacher.
@@ -76,7 +94,7 @@ def train(
         train__epochs=epochs, train__batch_size=batch_size, train__lr=lr, train__devices=devices_of(devices), train__nodes=nodes,
         train__precision=precision, evaluation__attacks=attacks or None,
     )  # fmt: skip
-    _execute(table, overrides, config=config, out=out, seeds=seeds, as_json=json_)
+    _execute(table, overrides, config=config, out=out, seeds=seeds, trust=trust, as_json=json_)
 
 
 def distill(
@@ -84,7 +102,7 @@ def distill(
     teacher: str | None = None,
     student: str | None = None,
     data: str | None = None,
-    method: str = "kd",
+    method: str | None = None,
     out: Path,
     config: Path | None = None,
     epochs: int | None = None,
@@ -99,6 +117,7 @@ def distill(
     seeds: Seeds = "",
     set_: Set = (),
     plugin: Plugin = (),
+    trust: Trust = False,
     json_: Json = False,
 ) -> None:
     """Train a student that learns from a teacher.
@@ -112,7 +131,7 @@ def distill(
     data
         A registered set, parquet:DIR, hub:NAME or folder:DIR.
     method
-        A registered method with a teacher (`overproof list methods`).
+        A registered method with a teacher (`overproof list methods`); kd if nothing else is said.
     out
         The run folder to be made.
     config
@@ -129,12 +148,12 @@ def distill(
         seed=seed, train__epochs=epochs, train__batch_size=batch_size, train__lr=lr, train__devices=devices_of(devices),
         train__nodes=nodes, train__precision=precision, evaluation__attacks=attacks or None,
     )  # fmt: skip
-    _execute(table, overrides, config=config, out=out, seeds=seeds, as_json=json_)
+    _execute(table, overrides, config=config, out=out, seeds=seeds, trust=trust, as_json=json_)
 
 
-def resume(run: Path, *, plugin: Plugin = (), json_: Json = False) -> None:
+def resume(run: Path, *, trust: Trust = False, plugin: Plugin = (), json_: Json = False) -> None:
     """Continue an interrupted run to the end."""
     plugins(plugin)
     from overproof.run.execute import resume as continue_run
 
-    show_runs([continue_run(run).folder], run / "report.html", json_)
+    show_runs([continue_run(run, trusted=trust).folder], run / "report.html", json_)

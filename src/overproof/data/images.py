@@ -45,6 +45,7 @@ class ImageSet:
         self.labels = check_labels(labels, len(images), name, classes=len(self.classes) or None)
         self.classes = self.classes or class_names(int(self.labels.max()) + 1)
         self.index = torch.arange(len(images)) if index is None else index.long()
+        self.labels, self.index = self.labels.to(self.images.device), self.index.to(self.images.device)
         self.skipped = tuple(skipped)
         if len(self.index) != len(images):
             raise DataError(f"{name}: {len(images)} images, but {len(self.index)} positions in `index`.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,12 +60,14 @@ class IterableLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one pass, without the first `start`; `epoch` only seeds the augmentation."""
         count, number = 0, -1
-        for number, item in enumerate(self.data):
+        for number, item in enumerate(self._seeded(epoch)):
             images, labels = self._pair(item, f"batch {number}")
             first, count = count, count + len(labels)
             if number < start:
                 continue
-            batch = self._mine(checked(images, labels, f"batch {number}", self.classes), first)
+            whole = checked(images, labels, f"batch {number}", self.classes)
+            index = item.index.cpu() if isinstance(item, Batch) else whole.index + first
+            batch = self._mine(replace(whole, index=index))
             if len(batch):
                 yield self._augmented(batch.to(self.device, non_blocking=True), epoch, number)
         if number < 0:
@@ -85,16 +89,34 @@ class IterableLoader:
             )
         return item[0], item[1]
 
-    def _mine(self, batch: Batch, first: int) -> Batch:
+    def _seeded(self, epoch: int) -> Iterator[Any]:
+        """The user's batches; what their order and transforms draw from the global generator depends on (seed, epoch, number).
+
+        So a resumed run meets the same batches, and all processes meet the same ones.
+        """
+        _seed_global(self.seed, epoch, -1)
+        batches = iter(self.data)
+        for number in itertools.count():
+            _seed_global(self.seed, epoch, number)
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            yield item
+
+    def _mine(self, batch: Batch) -> Batch:
         rows = slice(*(len(batch) * rank // self.world_size for rank in (self.rank, self.rank + 1)))
-        index = torch.arange(first, first + len(batch))
-        return Batch(batch.images[rows], batch.labels[rows], index[rows])
+        return Batch(batch.images[rows], batch.labels[rows], batch.index[rows])
 
     def _augmented(self, batch: Batch, epoch: int, number: int) -> Batch:
         if self.augment is None:
             return batch
         generator = generator_for("augment", self.seed, epoch, number, self.rank)
         return Batch(*self.augment(batch.images, batch.labels, generator), batch.index)
+
+
+def _seed_global(*parts: int) -> None:
+    torch.default_generator.manual_seed(generator_for("iterable", *parts).initial_seed())
 
 
 class _SizedIterableLoader(IterableLoader):

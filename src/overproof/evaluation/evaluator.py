@@ -11,19 +11,19 @@ from torch import nn
 
 from overproof import console
 from overproof.attacks import ATTACKS
-from overproof.attacks.ascent import in_mode
 from overproof.attacks.base import Attack
-from overproof.data import make_loader
+from overproof.data import load_data, make_loader
 from overproof.errors import DataError, UsageError
 from overproof.evaluation.judge import Judge
 from overproof.evaluation.records import Evaluation
+from overproof.networks import device_of, in_mode, on_device
 
 
 def evaluate(
     model: nn.Module,
     data: Any,
     *,
-    attacks: Mapping[str, Attack | Mapping[str, Any]] | Sequence[str] = (),
+    attacks: Mapping[str, Attack | Mapping[str, Any]] | Sequence[str | Attack] = (),
     curve: Sequence[float] = (),
     teacher: nn.Module | None = None,
     batch_size: int = 256,
@@ -38,14 +38,14 @@ def evaluate(
 
     Args:
         model: images in [0, 1] -> logits (N, K). Its modes, parameters and buffers stay as they are.
-        data: an `ImageSet`, a Dataset of (image, label), a pair of tensors, or an iterable of (images, labels).
+        data: a registered name (its test part), an `ImageSet`, a Dataset of (image, label), a pair of tensors, or an iterable of (images, labels).
         attacks: by name: attack values, or options with the key "attack"; or a sequence of registered names.
         curve: radii for which the first attack is repeated; an image broken at a smaller radius counts as broken at every
             larger one and is not attacked again.
         teacher: for agreement: share of images on which both predict the same class.
         batch_size: images per step. Random starts are drawn per batch, so it belongs to the seed.
         seed: of the attacks' randomness.
-        device: where to run; the model's own device if None.
+        device: where to run, the model's own device if None; model and teacher are moved there for the call.
         classes: class names for the record; taken from `data` when it knows them.
 
     Raises:
@@ -56,24 +56,31 @@ def evaluate(
     attacks = make_attacks(attacks)
     if curve and not attacks:
         raise UsageError("A robustness curve needs an attack: give attacks={'pgd': PGD(eps=8/255)}.")
-    device = torch.device(device) if device is not None else _device_of(model)
+    device = torch.device(device) if device is not None else device_of(model)
+    data = load_data(data).test if isinstance(data, str) else data
     loader = make_loader(data, batch_size, device=device)
     judge = Judge(model, attacks, tuple(sorted(curve)), teacher, seed)
-    with in_mode(model), console.bar("evaluating", len(loader) if hasattr(loader, "__len__") else 0) as bar:
+    with (
+        torch.random.fork_rng(devices=[]),  # a loader's order may draw from the global generator
+        on_device(model, device),
+        on_device(teacher, device),
+        in_mode(model),
+        console.bar("evaluating", len(loader) if hasattr(loader, "__len__") else 0) as bar,
+    ):
         for number, batch in enumerate(loader.batches(0)):
             judge.see(batch.to(device), number)
             bar.update(number + 1, images=judge.seen, **judge.so_far())
-    if not judge.seen:
-        raise DataError("There is nothing to evaluate: the data holds no image.")
-    names = tuple(classes) or tuple(getattr(data, "classes", ())) or tuple(map(str, range(judge.classes)))
-    return judge.conclude(names, time.perf_counter() - started)
+        if not judge.seen:
+            raise DataError("There is nothing to evaluate: the data holds no image.")
+        names = tuple(classes) or tuple(getattr(data, "classes", ())) or tuple(map(str, range(judge.classes)))
+        return judge.conclude(names, time.perf_counter() - started)
 
 
-def make_attacks(attacks: Mapping[str, Any] | Sequence[str]) -> dict[str, Attack]:
+def make_attacks(attacks: Mapping[str, Any] | Sequence[Any]) -> dict[str, Attack]:
     """Attack values by name, from values, registered names, or options such as {"attack": "pgd", "steps": 20}."""
     if isinstance(attacks, str):
         attacks = [attacks]
-    given = dict(attacks) if isinstance(attacks, Mapping) else {name: {"attack": name} for name in attacks}
+    given = dict(attacks) if isinstance(attacks, Mapping) else dict(map(_named, attacks))
     made: dict[str, Attack] = {}
     for name, attack in given.items():
         if isinstance(attack, Mapping):
@@ -86,6 +93,5 @@ def make_attacks(attacks: Mapping[str, Any] | Sequence[str]) -> dict[str, Attack
     return made
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    tensor = next(iter(model.parameters()), None)
-    return tensor.device if tensor is not None else torch.device("cpu")
+def _named(attack: Any) -> tuple[str, Any]:
+    return (attack, {"attack": attack}) if isinstance(attack, str) else (type(attack).__name__.lower(), attack)

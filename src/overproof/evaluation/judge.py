@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.ascent import in_mode
 from overproof.attacks.base import Attack, logits_of
 from overproof.errors import DataError, UsageError
 from overproof.evaluation.metrics import calibration_error, latency, multiply_adds, per_class
 from overproof.evaluation.records import Evaluation
 from overproof.evaluation.verdicts import seeded, verdict
+from overproof.networks import full_precision, in_mode
 from overproof.types import Batch
 
 GALLERY = 8
@@ -40,7 +40,7 @@ class Judge:
     def see(self, batch: Batch, number: int) -> None:
         """Judge one batch."""
         images, labels = batch.images.float(), batch.labels
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             with torch.no_grad():
                 logits = logits_of(self.model, images).float()
             if int(labels.max()) >= logits.shape[1]:

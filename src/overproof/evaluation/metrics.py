@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.ascent import in_mode
+from overproof.networks import in_mode
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:

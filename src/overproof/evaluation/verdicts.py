@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.base import Attack, predictions
+from overproof.attacks.base import Attack, logits_of, predictions
+from overproof.networks import full_precision, in_mode
 
 SLACK = 1e-5  # rounding of eps-sized differences of float32 pixels
 
@@ -39,8 +40,7 @@ def verdict(
     Returns:
         A `Verdict`; images that left [0, 1] or the ball, changed shape or hold NaN are replaced by the originals.
     """
-    device = images.device.type
-    with torch.autocast(device, enabled=False):
+    with full_precision(images.device):
         wanted = _targets(model, images, labels, generator) if attack.targeted else labels
         found = attack(model, images, wanted, generator).detach()
         if found.shape != images.shape:
@@ -54,10 +54,11 @@ def verdict(
 
 
 def _targets(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-    with torch.no_grad():
-        classes = model(images[:1]).shape[1]
-    shift = torch.randint(1, classes, labels.shape, generator=generator, device=labels.device)
-    targets: Tensor = (labels + shift) % classes
+    with in_mode(model), torch.no_grad():
+        classes = logits_of(model, images[:1]).shape[1]
+    place = generator.device if generator else labels.device
+    shift = torch.randint(1, classes, labels.shape, generator=generator, device=place)
+    targets: Tensor = (labels + shift.to(labels.device)) % classes
     return targets
 
 

@@ -36,8 +36,3 @@ def kl_divergence(target: Tensor, logits: Tensor, *, temperature: float = 1.0) -
     log_p = F.log_softmax(target / temperature, dim=1)
     log_q = F.log_softmax(logits / temperature, dim=1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
-
-
-def probability_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Softmax probability of the labelled class, (N,) in [0, 1]."""
-    return logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.ascent import Loss, Start, ascend, in_mode
+from overproof.attacks.ascent import Loss, Start, ascend
 from overproof.attacks.pgd import PGD
 from overproof.attacks.threats import Norm, Threat, make_threat
+from overproof.errors import UsageError
+from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 
 AttackMode = Literal["eval", "train"]
@@ -105,12 +108,21 @@ class RobustObjective(Objective):
     ) -> None:
         super().__init__(student, teacher)
         self.threat: Threat = make_threat(norm, eps)
+        if steps < 1 or step_size <= 0 or attack_mode not in ("eval", "train"):
+            raise UsageError(
+                f"The inner attack needs steps >= 1, step_size > 0 and attack_mode eval or train, not {steps}, {step_size} and {attack_mode!r}."
+            )
         self.step_size, self.steps, self.attack_mode = step_size, steps, attack_mode
         self.norm: Norm = norm
 
     def perturb(self, loss: Loss, images: Tensor) -> Tensor:
         """Images that maximise `loss(x, rows)` under the method's threat, student in `attack_mode`."""
-        with in_mode(self.student, self.attack_mode):
+        # fp16 gradients of confident predictions underflow to zero, and such images would never move; bf16 has the range.
+        half = torch.is_autocast_enabled(images.device.type) and torch.get_autocast_dtype(images.device.type) == torch.float16
+        with (
+            in_mode(self.student, self.attack_mode),
+            torch.autocast(images.device.type, enabled=False) if half else nullcontext(),
+        ):
             return ascend(loss, images, self.threat, steps=self.steps, step_size=self.step_size, start=self.start)
 
     @property

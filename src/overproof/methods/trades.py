@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.ascent import in_mode
 from overproof.attacks.threats import Norm
+from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy, kl_divergence
 from overproof.methods.objective import AttackMode, RobustObjective
+from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 
 
@@ -24,6 +25,9 @@ class TRADES(RobustObjective):
         student: images -> logits (N, K).
         beta: weight of the second term (1 / lambda in the paper), at least 0.
         norm, eps, step_size, steps, attack_mode: see `RobustObjective`; the student is attacked in eval mode.
+
+    Raises:
+        UsageError: beta is negative.
 
     Reference: Zhang et al., ICML 2019, arXiv 1901.08573.
 
@@ -44,6 +48,8 @@ class TRADES(RobustObjective):
         attack_mode: AttackMode = "eval",
     ) -> None:
         super().__init__(student, norm=norm, eps=eps, step_size=step_size, steps=steps, attack_mode=attack_mode)
+        if beta < 0:
+            raise UsageError(f"trades: beta={beta} must be at least 0.")
         self.beta = beta
 
     def forward(self, batch: Batch, progress: Progress, phase: str = "train") -> Output:

@@ -38,13 +38,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def load_model(run: str | Path, which: str = "best", model: nn.Module | None = None) -> nn.Module:
+def load_model(run: str | Path, which: str = "best", model: nn.Module | None = None, *, trusted: bool = False) -> nn.Module:
     """The trained model of a run folder, in eval mode on the CPU.
 
     Args:
         run: a run folder.
         which: "best" (by validation) or "last".
         model: a module of the same structure to fill, for a model that Overproof did not build itself.
+        trusted: allow a folder that names a package.module:callable to import and run it.
 
     Raises:
         FolderError: no such run or weights, damaged weights, or weights that do not fit.
@@ -64,7 +65,7 @@ def load_model(run: str | Path, which: str = "best", model: nn.Module | None = N
                 f"The model in {run} is a {kind} that Overproof did not build, so it cannot be rebuilt from the folder. Build it "
                 f"yourself and pass it: overproof.load({str(run)!r}, model=...)."
             )
-        model = rebuild(facts["spec"])
+        model = rebuild(facts["spec"], trusted=trusted)
     fill(model, read_state(path), path)
     return model.eval()
 

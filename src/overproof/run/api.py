@@ -23,18 +23,19 @@ from overproof.run.execute import Run, execute
 from overproof.run.prepare import USER, Parts, UserData
 
 
-def load(run: str | Path, which: str = "best", *, model: nn.Module | None = None) -> nn.Module:
+def load(run: str | Path, which: str = "best", *, model: nn.Module | None = None, trusted: bool = False) -> nn.Module:
     """The trained model of a run folder, in eval mode on the CPU.
 
     Args:
         run: a run folder.
         which: "best" (by validation) or "last".
         model: a module of the same structure to fill, needed only for a model that Overproof did not build itself.
+        trusted: allow a folder that names a package.module:callable to import and run it.
 
     Raises:
         FolderError: no such run or weights, damaged weights, or weights that do not fit. Nothing read is executed.
     """
-    return load_model(RunFolder(run).require().path, which, model)
+    return load_model(RunFolder(run).require().path, which, model, trusted=trusted)
 
 
 def train(
@@ -45,7 +46,10 @@ def train(
     out: str | Path | None = None,
     validation_data: Any = None,
     test_data: Any = None,
-    attacks: Mapping[str, Any] | Sequence[str] = (),
+    attacks: Mapping[str, Any] | Sequence[Any] = (),
+    curve: Sequence[float] = (),
+    model_options: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
     resume: bool = False,
     **options: Any,
 ) -> Run:
@@ -59,7 +63,8 @@ def train(
         out: run folder; the next free `runs/METHOD-n` if None.
         validation_data: held-out images for choosing the best weights; without them the last are the best.
         test_data: images for the final evaluation.
-        attacks: for the final evaluation, as in `evaluate`.
+        attacks, curve: for the final evaluation, as in `evaluate`.
+        model_options, data_options: options of a registered model and data set.
         resume: continue the run in `out`.
         **options: any key of [train] (epochs, lr, ...), any option of the method, `seed`, or `augment`.
 
@@ -81,7 +86,10 @@ def distill(
     out: str | Path | None = None,
     validation_data: Any = None,
     test_data: Any = None,
-    attacks: Mapping[str, Any] | Sequence[str] = (),
+    attacks: Mapping[str, Any] | Sequence[Any] = (),
+    curve: Sequence[float] = (),
+    model_options: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
     resume: bool = False,
     **options: Any,
 ) -> Run:
@@ -90,7 +98,7 @@ def distill(
     Args:
         student: as `model` in `train`.
         teacher: images in [0, 1] -> logits (N, K), left as it is; or a run folder.
-        data, method, out, validation_data, test_data, attacks, resume, **options: see `train`.
+        all others: see `train`.
 
     Returns:
         The finished run; `student` holds the best weights.
@@ -112,7 +120,11 @@ def _start(teacher: Any, student: Any, data: Any, given: dict[str, Any]) -> Run:
         layer["teacher"] = {"name": USER} if own else {"run": str(teacher)}
     layer["verb"] = "train" if teacher is None else "distill"
     attacks = make_attacks(given["attacks"])
-    layer["evaluation"] = {"attacks": _attack_options(attacks)}
+    layer["evaluation"] = {"attacks": _attack_options(attacks), "curve": list(given["curve"])}
+    layer["data"] |= given["data_options"] or {}
+    layer["model"] |= given["model_options"] or {}
+    if isinstance(data, Splits) and (given["validation_data"] is not None or given["test_data"] is not None):
+        raise UsageError("Splits bring their own validation and test images; leave validation_data and test_data out.")
     if own_data and (given["validation_data"] is not None or given["test_data"] is not None):
         raise UsageError(
             f"The data set {data!r} brings its own validation and test images; leave validation_data and test_data out."

@@ -34,7 +34,8 @@ def claim(folder: RunFolder, config: RunConfig, resume: bool) -> None:
             changed = _differences(known, config.table())
             raise FolderError(f"{folder.path} holds a run with another configuration ({changed}). Choose another --out.")
         return
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+    ours = {".lock", ".config.toml.partial"}  # all that a run killed in its first moment leaves
+    if folder.path.exists() and (not folder.path.is_dir() or any(p.name not in ours for p in folder.path.iterdir())):
         raise FolderError(f"{folder.path} exists and is not a run folder. Choose another --out, or empty it.")
     try:
         folder.path.mkdir(parents=True, exist_ok=True)

@@ -9,34 +9,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from overproof.attacks.base import Attack
 from overproof.config import RunConfig, resolve
-from overproof.data import Splits
+from overproof.data import Splits, stratified_subset
 from overproof.errors import UsageError
 from overproof.evaluation.evaluator import evaluate
 from overproof.evaluation.records import Evaluation
 from overproof.folder import RunFolder
+from overproof.methods.objective import Objective
 from overproof.models import create_model
 from overproof.models.weights import fill, load_model, read_state
 from overproof.registry import convert
-from overproof.run.prepare import USER, data_of
+from overproof.run.prepare import USER, UserData, data_of
 
 
-def evaluate_run(run: str | Path, *, which: str = "best", name: str | None = None, **options: Any) -> Evaluation:
+def evaluate_run(
+    run: str | Path, *, which: str = "best", name: str | None = None, trusted: bool = False, **options: Any
+) -> Evaluation:
     """Evaluate the model of a run folder and keep the result in it.
 
     Args:
         run: a run folder with weights.
         which: "best" or "last".
+        trusted: allow a folder that names a package.module:callable to import and run it.
         name: under which the evaluation is kept; made from the attacks if None.
-        **options: see `_judge`.
+        **options: attacks, curve, data, split, limit, seed, teacher, overrides.
     """
     folder = RunFolder(run).require()
-    config = RunConfig.model_validate(folder.config)
+    config = resolve(folder.config)
     if config.data.name == USER and not options.get("data"):
         raise UsageError(
             f"{folder.path} was trained on data of a program; name a data set with --data, or use overproof.evaluate."
         )
-    result = _judge(load_model(folder.path, which), config, **options)
+    result = _measure(load_model(folder.path, which, trusted=trusted), config, **options)
     summary = {**result.summary, "weights": which, "model": config.model.name}
     summary["name"] = name or _free_name(folder, _name_of(options["attacks"], summary["split"]), summary)
     result = Evaluation(summary, result.samples, result.gallery)
@@ -46,18 +51,25 @@ def evaluate_run(run: str | Path, *, which: str = "best", name: str | None = Non
 
 def evaluate_model(name: str, weights: str | Path | None, **options: Any) -> Evaluation:
     """Evaluate a model built by name with weights from a file (pretrained ones without a file)."""
-    splits = data_of(resolve({"data": {"name": options["data"]}}, overrides=options.get("overrides", ())))
-    model = create_model(name, len(splits.classes), splits.channels, splits.image_size, pretrained=weights is None)
+    config = resolve({"data": {"name": options["data"]}, "model": {"name": name}}, overrides=options.get("overrides", ()))
+    foreign = name.partition(":")[0] in ("timm", "torchvision")
+    if weights is None and not foreign:
+        raise UsageError(
+            f"The model {name!r} has no weights: give --weights FILE (safetensors, or a state dict of plain tensors)."
+        )
+    splits = data_of(config)
+    size = (len(splits.classes), splits.channels, splits.image_size)
+    model = create_model(name, *size, pretrained=weights is None, **config.model.options)
     if weights is not None:
         state, path = read_state(weights), Path(weights)
         own = set(model.state_dict())
         # Public checkpoints know nothing of our first layer: they fill the network behind it.
         fill(model if own & set(state) else model.net, state, path)
-    result = _judge(model.eval(), RunConfig(), **options)
+    result = _measure(model.eval(), RunConfig(), **options)
     return Evaluation({**result.summary, "model": name}, result.samples, result.gallery)
 
 
-def _judge(
+def _measure(
     model: nn.Module,
     config: RunConfig,
     *,
@@ -97,7 +109,7 @@ def _part(splits: Splits, split: str, limit: int | None) -> Any:
     chosen = getattr(splits, split)
     if chosen is None:
         raise UsageError(f"The data have no {split} split; use --split train, or set data.validation or data.test.")
-    return chosen if limit is None else chosen.subset(torch.arange(min(limit, len(chosen))))
+    return chosen if limit is None else chosen.subset(stratified_subset(chosen.labels, limit))
 
 
 def _free_name(folder: RunFolder, wanted: str, summary: dict[str, Any]) -> str:
@@ -123,3 +135,36 @@ def _free_name(folder: RunFolder, wanted: str, summary: dict[str, Any]) -> str:
 def _name_of(attacks: Mapping[str, Any], split: str) -> str:
     text = "-".join([split, *attacks]) if attacks else split
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[:80]
+
+
+def judge_run(
+    config: RunConfig,
+    objective: Objective,
+    data: Splits | UserData,
+    *,
+    folder: RunFolder,
+    attacks: Mapping[str, Attack] | None = None,
+) -> None:
+    """Evaluate the best and the last weights on the test set, once if they are the same."""
+    if data.test is None:
+        return
+    wanted = list(config.evaluation.weights)
+    same = folder.status.get("best_epoch") == config.train.epochs - 1
+    done: Evaluation | None = None
+    for which in wanted:
+        if done is None or not same:
+            fill(objective.student, read_state(folder.path / "weights" / f"{which}.safetensors"), folder.path)
+            done = evaluate(
+                objective.student,
+                data.test,
+                attacks=attacks or config.evaluation.attacks,
+                curve=config.evaluation.curve,
+                teacher=objective.teacher,
+                batch_size=config.evaluation.batch_size,
+                seed=config.seed,
+                classes=data.classes,
+            )
+        facts: dict[str, Any] = {"weights": which, "data": config.data.name, "split": "test", "model": config.model.name}
+        if done.summary["agreement"] and config.teacher is not None:
+            facts["agreement"] = {**done.summary["agreement"], "teacher": config.teacher.run or config.teacher.name}
+        Evaluation({**done.summary, **facts}, done.samples, done.gallery).save(folder.path, f"test-{which}")

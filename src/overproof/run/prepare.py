@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from overproof.attacks.ascent import in_mode
+from overproof import console
 from overproof.attacks.base import Attack, logits_of
-from overproof.config import RunConfig, TeacherConfig
-from overproof.data import Splits, load_data, make_loader
-from overproof.errors import OverproofError, UsageError
+from overproof.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
+from overproof.data import DATA, Splits, build_augment, load_data, make_loader
+from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation.evaluator import make_attacks
 from overproof.folder import RunFolder
 from overproof.methods import METHODS
 from overproof.methods.objective import Objective
-from overproof.models import create_model
+from overproof.models import MODELS, create_model
 from overproof.models.weights import fill, load_model, read_state
+from overproof.networks import in_mode
+from overproof.registry import Entry, Registry
 
 USER = "(yours)"  # stands in the configuration for a module or data set that came as an object
 
@@ -44,9 +45,10 @@ class Parts:
     teacher: nn.Module | None = None
     data: Splits | UserData | None = None
     attacks: Mapping[str, Attack] | None = None
+    trusted: bool = False
 
 
-def checked(config: RunConfig) -> RunConfig:
+def checked(config: RunConfig, own_attacks: bool = False) -> RunConfig:
     """The configuration with names and options checked, before anything is built or written.
 
     A robust method whose evaluation names no attack gets PGD-20 under the threat it was trained for.
@@ -69,13 +71,50 @@ def checked(config: RunConfig) -> RunConfig:
         raise UsageError(
             f"train.cache_teacher=true is exact only without augmentation, but data.augment is {config.data.augment}. Drop one."
         )
+    if config.train.cache_teacher and config.teacher is None:
+        raise UsageError("train.cache_teacher=true needs a teacher.")
+    _check_section("model", config.model, MODELS)
+    _check_section("data", config.data, DATA)
+    build_augment(config.data.augment, classes=2)
     make_attacks(config.evaluation.attacks)
-    if "robust" not in entry.tags or config.evaluation.attacks:
-        return config
+    return config if own_attacks else _with_attack(config, entry)
+
+
+def _check_section(kind: str, section: DataConfig | ModelConfig, registry: Registry) -> None:
+    """Refuse keys that are neither the section's own nor options of the entry (of foreign entries we cannot know)."""
+    name = section.name.partition(":")[0] if kind == "data" else section.name
+    if section.name == USER or (kind == "model" and ":" in name):
+        return
+    known = {*type(section).model_fields, *registry.get(name).options()} | ({"test"} if kind == "data" else set())
+    known |= {"mean", "std"} if kind == "model" else set()
+    for key in section.options:
+        if key not in known:
+            raise UnknownNameError(f"key of [{kind}] for {section.name!r}:", key, known)
+
+
+def _with_attack(config: RunConfig, entry: Entry) -> RunConfig:
     options = {**{o.name: o.default for o in entry.options().values()}, **entry.check(config.method.options)}
+    if "robust" not in entry.tags or config.evaluation.attacks or not {"eps", "norm"} <= set(options):
+        return config
     attack = {"attack": "pgd", "steps": 20, "eps": options["eps"], "norm": options["norm"]}
     evaluation = config.evaluation.model_copy(update={"attacks": {"pgd-20": attack}})
     return config.model_copy(update={"evaluation": evaluation})
+
+
+def refuse_code(config: RunConfig, place: str, trusted: bool) -> RunConfig:
+    """A file may name models of Overproof, timm and torchvision; a name that imports other code has to be trusted.
+
+    Raises:
+        UsageError: a model is named as package.module:callable, and `trusted` is False.
+    """
+    names = [config.model.name, (config.teacher.name or "") if config.teacher else ""]
+    for name in names:
+        if ":" in name and name.partition(":")[0] not in ("timm", "torchvision") and not trusted:
+            raise UsageError(
+                f"{place} names the model {name!r}, which would import and run that code. If you trust the file, say --trust "
+                "(in Python: trusted=True)."
+            )
+    return config
 
 
 def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserData]:
@@ -85,7 +124,7 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     student = parts.student
     if student is None:
         student = _build(config, splits)
-    teacher = (parts.teacher or _teacher(config.teacher, splits)) if config.teacher is not None else None
+    teacher = (parts.teacher or _teacher(config.teacher, splits, parts.trusted)) if config.teacher is not None else None
     if teacher is not None and teacher is student:
         raise UsageError("Student and teacher are the same module; give the student its own.")
     networks = (student,) if teacher is None else (student, teacher)
@@ -117,18 +156,20 @@ def _build(config: RunConfig, splits: Splits | UserData) -> nn.Module:
         )
     mean, std = splits.train.mean_std()
     chosen = config.model
-    options = {"mean": mean, "std": std, "pretrained": chosen.pretrained, **chosen.options}
-    if chosen.pretrained:
-        del options["mean"], options["std"]
+    own = {} if chosen.pretrained else {"mean": mean, "std": std}  # pretrained weights bring their normalisation
+    options = {**own, "pretrained": chosen.pretrained, **chosen.options}
     model = create_model(chosen.name, len(splits.classes), splits.channels, splits.image_size, **options)
     if chosen.weights:
         fill(model, read_state(chosen.weights), Path(chosen.weights))
     return model
 
 
-def _teacher(config: TeacherConfig, splits: Splits | UserData) -> nn.Module:
+def _teacher(config: TeacherConfig, splits: Splits | UserData, trusted: bool) -> nn.Module:
     if config.run:
-        return load_model(RunFolder(config.run).require().path, config.which)
+        folder = RunFolder(config.run).require()
+        if folder.status["state"] != "done":
+            console.note(f"note: the teacher's run {folder.path} is not finished (state: {folder.status['state']}).")
+        return load_model(folder.path, config.which, trusted=trusted)
     if not config.name or isinstance(splits, UserData):
         raise UsageError("[teacher] needs `run` (a run folder) or `name` (a model, with `weights` or pretrained=true).")
     options: dict[str, Any] = {"pretrained": config.pretrained, **config.options}
@@ -144,7 +185,8 @@ def _teacher(config: TeacherConfig, splits: Splits | UserData) -> nn.Module:
 
 def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> int:
     """One forward pass each: channels, size and class counts must fit before anything is written."""
-    images = next(iter(make_loader(splits.train, 2).batches(0))).images[:2]
+    batch = next(iter(make_loader(splits.train, 2).batches(0)))
+    images = batch.images[:2]
     widths = []
     for role, network in zip(("student", "teacher"), networks, strict=False):
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -158,20 +200,10 @@ def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> int:
             raise UsageError(f"The {role} cannot take images of shape {tuple(images.shape[1:])}: {problem}") from error
     if len(set(widths)) > 1:
         raise UsageError(f"The student has {widths[0]} classes and the teacher {widths[1]}: they must agree to be compared.")
+    if batch.labels.dim() == 1 and int(batch.labels.max()) >= widths[0]:
+        raise DataError(
+            f"Label {int(batch.labels.max())} does not exist for a model with {widths[0]} outputs (0 to {widths[0] - 1})."
+        )
     if splits.classes and widths[0] < len(splits.classes):
         raise UsageError(f"The model has {widths[0]} outputs, the data {len(splits.classes)} classes.")
     return widths[0]
-
-
-@contextlib.contextmanager
-def borrowed(teacher: nn.Module | None) -> Iterator[None]:
-    """The user's own teacher comes back with the modes and flags it had."""
-    modes = [(m, m.training) for m in teacher.modules()] if teacher is not None else []
-    flags = [(p, p.requires_grad) for p in teacher.parameters()] if teacher is not None else []
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -20,6 +20,7 @@ from overproof.config import RunConfig, merge, parse_override, resolve
 from overproof.errors import UnknownNameError, UsageError
 from overproof.folder import RunFolder, read_toml
 from overproof.run.execute import execute
+from overproof.run.prepare import Parts, refuse_code
 
 
 class About(BaseModel):
@@ -76,7 +77,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = Path(path)
     table = read_toml(path)
     if "runs" not in table:
-        return Recipe(path.stem, About(title=path.stem), {path.stem: table})
+        return Recipe(path.stem, About(title=path.stem, seeds=[table.get("seed", 0)]), {path.stem: table})
     for key in table:
         if key not in ("recipe", "defaults", "runs", "figures"):
             raise UnknownNameError(f"key of the recipe {path}:", key, ("recipe", "defaults", "runs", "figures"))
@@ -105,7 +106,13 @@ def _check_references(recipe: Recipe, name: str, path: Path) -> None:
 
 
 def run_recipe(
-    recipe: Recipe, out: str | Path, *, seeds: Iterable[int] = (), overrides: Iterable[str] = (), deadline: float | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    seeds: Iterable[int] = (),
+    overrides: Iterable[str] = (),
+    deadline: float | None = None,
+    trusted: bool = False,
 ) -> dict[int, dict[str, RunFolder]]:
     """All runs of a recipe, in order; finished ones are kept and unfinished ones resumed.
 
@@ -124,7 +131,8 @@ def run_recipe(
             known = folder.exists
             if not (known and folder.status.get("state") == "done"):
                 console.note(f"{'resuming' if known else 'running'} {name}, seed {seed} -> {folder.path}")
-            execute(recipe.config(name, place, seed, overrides), folder.path, resume=known, deadline=deadline)
+            config = refuse_code(recipe.config(name, place, seed, overrides), f"The recipe {recipe.name}", trusted)
+            execute(config, folder.path, parts=Parts(trusted=trusted), resume=known, deadline=deadline)
     return folders
 
 

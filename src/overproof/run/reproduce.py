@@ -11,11 +11,17 @@ from typing import Any
 import torch
 
 from overproof import console
-from overproof.errors import UnknownNameError
-from overproof.folder import RunFolder, read_json, write_json
+from overproof.errors import FolderError, UnknownNameError
+from overproof.folder import RunFolder, atomic, read_json, write_json
 from overproof.run.recipes import Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.seeds import figures, mean_and_error
 from overproof.training.safety import Interrupted
+
+HEADER = (
+    "# Results",
+    "",
+    "Written by `overproof reproduce` from `results/*.json`. Accuracies in %, ours as mean ± standard error over seeds.",
+)
 
 
 def available(home: Path | None = None) -> dict[str, Path]:
@@ -74,6 +80,8 @@ def _measure(recipe: Recipe, out: Path, results: Path, deadline: float | None) -
     try:
         folders = run_recipe(recipe, out, deadline=deadline)
     except Interrupted as stop:
+        if deadline is None or time.monotonic() < deadline:
+            raise  # a person stopped it, not the clock
         console.note(f"{recipe.name}: {stop}")
         return "unfinished"
     write_json(results / f"{recipe.name}.json", result_of(recipe, folders))
@@ -108,18 +116,17 @@ def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]]) -> dict[
 
 def write_table(results: Path, path: Path, home: Path | None = None) -> None:
     """RESULTS.md from the files in `results`; recipes without a row are named as not measured."""
-    lines = [
-        "# Results",
-        "",
-        "Written by `overproof reproduce` from `results/*.json`. Accuracies in %, ours as mean ± standard error over seeds.",
-    ]
+    lines = list(HEADER)
     for name, recipe_path in available(home).items():
         about = read_recipe(recipe_path).about
         lines += ["", f"## {name}", "", about.title + (f" ({about.paper})" if about.paper else "")]
         lines += [""] + (
             _rows(read_json(results / f"{name}.json")) if (results / f"{name}.json").exists() else ["Not measured yet."]
         )
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    if path.exists() and not path.read_text("utf-8").startswith("\n".join(HEADER)):
+        raise FolderError(f"{path} is somebody else's file; run `overproof reproduce` where RESULTS.md may be written.")
+    with atomic(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
     _embed(results, path.with_name("README.md"))
 
 
@@ -136,7 +143,8 @@ def _embed(results: Path, readme: Path) -> None:
 
     fresh = re.sub(r"<!-- results:([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
     if fresh != text:
-        readme.write_text(fresh, "utf-8")
+        with atomic(readme) as file:
+            file.write(fresh.encode())
 
 
 def _rows(result: dict[str, Any]) -> list[str]:

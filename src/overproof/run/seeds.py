@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 
 from overproof import console
-from overproof.config import RunConfig
+from overproof.config import RunConfig, resolve
 from overproof.folder import RunFolder
 from overproof.run.execute import execute
 
 
-def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, resume: bool = False) -> list[RunFolder]:
+def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int]) -> list[RunFolder]:
     """One run per seed in `out/seed-N`; finished ones are kept, so that the call can be repeated."""
     folders = []
+    table = config.table()
     for seed in seeds:
         folder = RunFolder(Path(out) / f"seed-{seed}")
         console.note(f"seed {seed} -> {folder.path}")
-        execute(config.model_copy(update={"seed": seed}), folder.path, resume=resume or folder.exists)
+        execute(resolve({**table, "seed": seed}), folder.path, resume=folder.exists)
         folders.append(folder)
     return folders
 

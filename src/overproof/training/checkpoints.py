@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from overproof.errors import FolderError
-from overproof.folder import atomic
+from overproof.folder import atomic, disk_message, plain
 
 NAME = "checkpoint.pt"
 
@@ -41,9 +41,13 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
 
 def append_metrics(run: Path, record: dict[str, Any]) -> int:
     """Add a line to metrics.jsonl; returns the file's size."""
-    with (run / "metrics.jsonl").open("ab") as file:
-        file.write(json.dumps(record).encode() + b"\n")
-        return file.tell()
+    path = run / "metrics.jsonl"
+    try:
+        with path.open("ab") as file:
+            file.write(json.dumps(plain(record), allow_nan=False).encode() + b"\n")
+            return file.tell()
+    except OSError as error:
+        raise FolderError(disk_message(path, error)) from error
 
 
 def truncate_metrics(run: Path, size: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from overproof import console
 from overproof.config import TrainConfig
@@ -17,15 +16,15 @@ from overproof.errors import OverproofError
 from overproof.folder import RunFolder
 from overproof.methods.objective import Objective
 from overproof.models.weights import save_weights
+from overproof.training.averaging import make_averaged
 from overproof.training.checkpoints import append_metrics, load_checkpoint, save_checkpoint, truncate_metrics
-from overproof.training.meter import Meter
+from overproof.training.meter import EpochTeller, Meter
 from overproof.training.plain import Plain
-from overproof.training.safety import CHECK_EVERY, Interrupted, LossWatch, Stopper
+from overproof.training.ranks import compare_ranks
+from overproof.training.safety import Interrupted, LossWatch, Stopper
 from overproof.training.schedules import learning_rate, make_optimizer
 from overproof.training.validation import validate
 from overproof.types import Batch, Output, Progress
-
-TELL_SECONDS = 3.0  # between lines about epochs: short ones need not all be told
 
 
 class Trainer:
@@ -62,9 +61,10 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.meter = Meter()
         self.deadline = deadline if deadline is not None else float("inf")
-        self._told = time.monotonic()
+        self._images = 0
+        self.teller = EpochTeller(config.epochs)
         self.stopper = Stopper()
-        self.watch = LossWatch(folder.path, fabric.device)
+        self.watch = LossWatch(folder.path, fabric)
         self._set_up()
 
     def _set_up(self) -> None:
@@ -72,7 +72,7 @@ class Trainer:
         if config.channels_last:
             objective.to(memory_format=torch.channels_last)
         objective.to(self.fabric.device)
-        self.averaged = self._averaged_model()
+        self.averaged = make_averaged(objective.student, config)
         if config.compile:
             for network in (objective.student, objective.teacher):
                 if network is not None:
@@ -81,21 +81,12 @@ class Trainer:
         self.wrapped, *optimizers = self.fabric.setup(Plain(objective), *bare)
         self.optimizers = dict(zip(objective.phases, optimizers, strict=True))
 
-    def _averaged_model(self) -> AveragedModel | None:
-        if self.config.averaging == "none":
-            return None
-        rule = get_ema_multi_avg_fn(self.config.ema_decay) if self.config.averaging == "ema" else None  # type: ignore[no-untyped-call]
-        averaged = AveragedModel(self.objective.student, multi_avg_fn=rule, use_buffers=True)
-        return averaged.requires_grad_(False).eval()
-
     @property
     def model(self) -> nn.Module:
         """What is validated and kept: the averaged weights once there are any, else the student."""
         if self.averaged is not None and int(self.averaged.n_averaged) > 0:
             return self.averaged.module
         return self.objective.student
-
-    # ---- steps and epochs -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train to the end, from the last checkpoint if there is one.
@@ -118,25 +109,33 @@ class Trainer:
             now = time.perf_counter()
             self.seconds = before + now - begun
             images += len(batch) * self.fabric.world_size
-            if self.fabric.device.type == "cpu" or self.step % CHECK_EVERY == 0:
-                bar.update(self.step, images=images, **self.meter.mean("loss", "accuracy"))
-            if self.step % self.per_epoch == 0:
+            # Only here has the watch looked at every loss, and only here do all processes talk about stopping.
+            calm = self.watch.settled
+            if calm:
+                bar.update(self.step, images=self._images + images, **self.meter.mean("loss", "accuracy"))
+            if not calm or self.step % self.per_epoch == 0:
                 continue  # a full epoch is validated and kept before anything else happens
-            if self._must_stop or now - saved > self.config.checkpoint_seconds:
-                self._checkpoint()
+            stop = self._must_stop()
+            if stop or now - saved > self.config.checkpoint_seconds:
+                self._save()
                 saved = now
-            self._stop_if_asked()
+            self._leave_if(stop)
+        self._images += images
         if self.step < (epoch + 1) * self.per_epoch:
             raise OverproofError(f"The loader promised {self.per_epoch} batches and gave fewer in epoch {epoch}.")
+        self.watch.check()
         self._finish_epoch(epoch, images / max(time.perf_counter() - begun, 1e-9))
-        self._stop_if_asked()
+        self._leave_if(self._must_stop())
 
-    @property
     def _must_stop(self) -> bool:
-        return self.stopper.stop or time.monotonic() > self.deadline
+        """Whether to stop, the same answer in every process."""
+        late = time.monotonic() > self.deadline
+        if self.fabric.world_size > 1:
+            return bool(self.fabric.broadcast(late)) if self.deadline < float("inf") else False
+        return self.stopper.stop or late
 
-    def _stop_if_asked(self) -> None:
-        if self._must_stop and self.step < self.total:
+    def _leave_if(self, stop: bool) -> None:
+        if stop and self.step < self.total:
             raise Interrupted(f"Stopped at step {self.step} of {self.total}; `overproof resume {self.folder.path}` continues.")
 
     def _step(self, batch: Batch, epoch: int) -> None:
@@ -157,7 +156,8 @@ class Trainer:
             self.watch.see(self.step, output)
             self.fabric.backward(sum(output.losses.values()))
             if self.config.clip is not None:
-                self.fabric.clip_gradients(self.wrapped, optimizer, max_norm=self.config.clip)
+                # Under 16-mixed infinite gradients are normal: the scaler then skips the step.
+                self.fabric.clip_gradients(self.wrapped, optimizer, max_norm=self.config.clip, error_if_nonfinite=False)
             optimizer.step()
             self.meter.add(batch, output)
         self.step += 1
@@ -169,50 +169,26 @@ class Trainer:
         if self.config.averaging == "ema" or self.step > self.config.swa_start * self.total:
             self.averaged.update_parameters(self.objective.student)
 
-    def _compare_ranks(self) -> None:
-        """Every process must hold the same parameters: a copy that drifts would train on in silence."""
-        if self.fabric.world_size == 1:
-            return
-        parameters = [p.detach().double() for p in self.objective.trainable(self.objective.phases[0])]
-        fingerprint = torch.stack([torch.stack([p.sum(), p.square().sum()]) for p in parameters]).flatten()
-        everyone = self.fabric.all_gather(fingerprint).view(self.fabric.world_size, -1)
-        if not bool((everyone == everyone[0]).all()):
-            raise OverproofError(
-                f"The processes hold different parameters after step {self.step}. A part of the method escapes gradient "
-                "averaging: everything trainable must be a submodule of the objective and be used in its forward."
-            )
-
     def _finish_epoch(self, epoch: int, speed: float) -> None:
-        self.watch.check()
-        self._compare_ranks()
+        if self.fabric.world_size > 1:
+            compare_ranks(self.fabric, self.objective, self.step)
         begun = time.perf_counter()
-        record: dict[str, Any] = {
-            "epoch": epoch,
-            "step": self.step,
-            "lr": learning_rate(self.config, self.step - 1, self.total),
-        }
-        record |= {"images_per_second": round(speed, 1), "train": self.meter.mean()}
+        rate = learning_rate(self.config, self.step - 1, self.total)
+        record: dict[str, Any] = {"epoch": epoch, "step": self.step, "lr": rate, "images_per_second": round(speed, 1)}
+        record["train"] = self.meter.mean(over=self.fabric)
         self.meter.clear()
         if self.validation is not None:
             record["validation"] = self._validate()
+        self.watch.check_weights(self.step, self.model, record.get("validation", {}))
         self.seconds += time.perf_counter() - begun
         record["seconds"] = round(self.seconds, 3)
         self._keep(epoch, record)
         if self.fabric.is_global_zero:
             self.metrics_size = append_metrics(self.folder.path, record)
-            self._tell(epoch, record)
+            self.teller.tell(epoch, record)
         self.fabric.log_dict({f"validation/{k}": v for k, v in record.get("validation", {}).items()}, step=self.step)
         self.fabric.log_dict({f"train/{k}": v for k, v in record["train"].items()}, step=self.step)
         self._checkpoint()
-
-    def _tell(self, epoch: int, record: dict[str, Any]) -> None:
-        last = epoch + 1 == self.config.epochs
-        if not last and time.monotonic() - self._told < TELL_SECONDS:
-            return
-        self._told = time.monotonic()
-        held_out = {k: v for k, v in record.get("validation", {}).items() if k != "loss"}
-        facts = {**{k: record["train"][k] for k in ("loss", "accuracy")}, **{f"validation {k}": v for k, v in held_out.items()}}
-        console.note(f"  epoch {epoch + 1}/{self.config.epochs}  " + "  ".join(f"{k} {v:.3f}" for k, v in facts.items()))
 
     def _validate(self) -> dict[str, float]:
         attack = self.objective.validation_attack
@@ -232,10 +208,11 @@ class Trainer:
             for which in ("last", "best") if better else ("last",):
                 save_weights(self.model, self.folder.path, which)
 
-    # ---- safety -----------------------------------------------------------------------------------------------------
-
     def _checkpoint(self) -> None:
-        self.watch.check()
+        self._save()
+        self.fabric.barrier()
+
+    def _save(self) -> None:
         if self.fabric.is_global_zero:
             state = {
                 "step": self.step,
@@ -253,17 +230,16 @@ class Trainer:
             best = self.best.get("epoch")
             facts = {"step": self.step, "steps": self.total, "epoch": epoch, "epochs": self.config.epochs, "best_epoch": best}
             self.folder.write_status("running", **facts, seconds=round(self.seconds, 3))
-        self.fabric.barrier()
 
     def _restore(self) -> None:
         state = load_checkpoint(self.folder.path)
+        self.fabric.barrier()  # nobody may write the first checkpoint before everybody has looked for one
         if state is None:
             self._checkpoint()
             return
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.metrics_size = state["metrics_size"]
-        self.meter.sums = {name: value.to(self.fabric.device) for name, value in state["meter"]["sums"].items()}
-        self.meter.counts = state["meter"]["counts"]
+        self.meter.load(state["meter"], self.fabric.device)
         self.objective.load_trained_state(state["objective"])
         for phase, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][phase])

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from overproof import console
 from overproof.types import Batch, Output
+
+TELL_SECONDS = 3.0  # between lines about epochs: short ones need not all be told
+
+
+class EpochTeller:
+    """A line now and then about finished epochs, and always about the last."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs, self._told = epochs, time.monotonic()
+
+    def tell(self, epoch: int, record: dict[str, Any]) -> None:
+        """Say what `record` found, unless the last line was just now."""
+        if epoch + 1 < self.epochs and time.monotonic() - self._told < TELL_SECONDS:
+            return
+        self._told = time.monotonic()
+        held_out = {f"validation {k}": v for k, v in record.get("validation", {}).items() if k != "loss"}
+        facts = {**{k: record["train"][k] for k in ("loss", "accuracy")}, **held_out}
+        console.note(f"  epoch {epoch + 1}/{self.epochs}  " + "  ".join(f"{k} {v:.3f}" for k, v in facts.items()))
 
 
 class Meter:
@@ -26,9 +48,13 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0) + len(batch) * value.float()
             self.counts[name] = self.counts.get(name, 0) + len(batch)
 
-    def mean(self, *names: str) -> dict[str, float]:
-        """Means by name; all of them if none is named."""
-        return {name: float(self.sums[name]) / self.counts[name] for name in names or self.sums if name in self.sums}
+    def mean(self, *names: str, over: Any = None) -> dict[str, float]:
+        """Means by name, all of them if none is named; over all processes of the Fabric `over`, else of this one."""
+        chosen = [name for name in names or self.sums if name in self.sums]
+        if over is None or over.world_size == 1 or not chosen:
+            return {name: float(self.sums[name]) / self.counts[name] for name in chosen}
+        pairs = torch.stack([self.sums[n] / self.counts[n] for n in chosen])  # equal batches: the mean of means is the mean
+        return dict(zip(chosen, over.all_reduce(pairs, reduce_op="mean").tolist(), strict=True))
 
     def clear(self) -> None:
         """Begin anew."""
@@ -37,3 +63,8 @@ class Meter:
     def state(self) -> dict[str, dict[str, Tensor] | dict[str, int]]:
         """For a checkpoint."""
         return {"sums": self.sums, "counts": self.counts}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Inverse of `state`."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from overproof import console
 from overproof.errors import NonFiniteLossError, OverproofError
@@ -28,12 +29,18 @@ class LossWatch:
 
     Args:
         run: the run folder, for the message.
-        device: where the losses live; on the CPU every step is checked, elsewhere every `CHECK_EVERY`.
+        fabric: on the CPU every step is checked, elsewhere every `CHECK_EVERY`; several processes stop together.
     """
 
-    def __init__(self, run: Path, device: torch.device) -> None:
-        self.run, self.every = run, 1 if device.type == "cpu" else CHECK_EVERY
+    def __init__(self, run: Path, fabric: Any) -> None:
+        self.run, self.fabric = run, fabric
+        self.every = 1 if fabric.device.type == "cpu" else CHECK_EVERY
         self._recent: list[tuple[int, dict[str, Tensor]]] = []
+
+    @property
+    def settled(self) -> bool:
+        """Whether every loss so far has been looked at."""
+        return not self._recent
 
     def see(self, step: int, output: Output) -> None:
         """Remember a step's losses and check them when it is time."""
@@ -48,12 +55,31 @@ class LossWatch:
             NonFiniteLossError: names step, terms and remedies.
         """
         recent, self._recent = self._recent, []
-        if not recent or bool(torch.stack([v for _, terms in recent for v in terms.values()]).isfinite().all()):
+        if not recent:
             return
-        step, terms = next((s, t) for s, t in recent if not all(bool(v.isfinite()) for v in t.values()))
-        values = ", ".join(f"{name} = {float(value):g}" for name, value in terms.items())
-        raise NonFiniteLossError(
-            f"The loss is not finite at step {step}: {values}. The last good state is in {self.run / 'checkpoint.pt'}. Start again "
+        bad = (~torch.stack([v for _, terms in recent for v in terms.values()]).isfinite()).any().float()
+        if self.fabric.world_size > 1:
+            bad = self.fabric.all_reduce(bad, reduce_op="sum")
+        if not bool(bad):
+            return
+        here = ((s, t) for s, t in recent if not all(bool(v.isfinite()) for v in t.values()))
+        step, terms = next(here, (recent[-1][0], {}))
+        values = ", ".join(f"{name} = {float(value):g}" for name, value in terms.items()) or "in another process"
+        raise self._error(f"The loss is not finite at step {step}: {values}.")
+
+    def check_weights(self, step: int, model: nn.Module, validation: dict[str, float]) -> None:
+        """Refuse to keep weights that are no numbers, or that give none on held-out images.
+
+        Raises:
+            NonFiniteLossError: names step and remedies.
+        """
+        finite = all(bool(p.isfinite().all()) for p in model.parameters()) and math.isfinite(validation.get("loss", 0.0))
+        if not finite:
+            raise self._error(f"The weights after step {step} are useless: they, or the loss they give, are not finite.")
+
+    def _error(self, what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"{what} The last good state is in {self.run / 'checkpoint.pt'}. Start again "
             "with a smaller train.lr, train.warmup=1, train.clip=1.0 or train.precision=32."
         )
 

@@ -1,0 +1,101 @@
+"""Devices, processes and loggers, through Lightning Fabric."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from overproof.config import RunConfig, TrainConfig
+from overproof.errors import UsageError
+from overproof.folder import RunFolder
+from overproof.methods import METHODS
+
+_spawned = False
+
+
+@contextmanager
+def launched(config: RunConfig, folder: RunFolder) -> Iterator[Any]:
+    """A `Fabric` whose processes run; its loggers are closed after the block.
+
+    Raises:
+        UsageError: a second run over several devices in one process without torchrun, or a logger that is not installed.
+    """
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    train = config.train
+    devices, nodes = _devices(train)
+    strategy: Any = train.strategy
+    if strategy == "ddp" or nodes > 1 or devices not in (1, "1"):
+        phases = getattr(METHODS.get(config.method.name).load(), "phases", ("train",))
+        # A phase leaves the other phases' parameters without gradients; with one phase that would be a mistake worth an error.
+        strategy = DDPStrategy(find_unused_parameters=len(phases) > 1)
+        _once()
+    loggers = [_logger(name, folder) for name in train.loggers]
+    precision: Any = "32-true" if train.precision == "32" else train.precision
+    fabric = Fabric(
+        accelerator=train.accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=precision,
+        loggers=loggers,
+    )
+    fabric.launch()
+    outcome = "failed"
+    try:
+        yield fabric
+        outcome = "success"
+    finally:
+        for logger in loggers:
+            logger.finalize(outcome)
+            if type(logger).__name__ == "WandbLogger":
+                logger.experiment.finish()
+
+
+def _devices(train: TrainConfig) -> tuple[int | str, int]:
+    """Under torchrun its processes count; devices=1 would make each of them train alone."""
+    world, local = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if world > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        if train.devices not in (1, "auto", local):
+            raise UsageError(
+                f"train.devices={train.devices}, but torchrun started {local} processes here; leave --devices out."
+            )
+        return local, world // local
+    return train.devices, train.nodes
+
+
+def _once() -> None:
+    global _spawned
+    if _spawned and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise UsageError(
+            "Several runs over several devices in one go need torchrun: torchrun --nproc-per-node N -m overproof ... (without "
+            "--devices)."
+        )
+    _spawned = True
+
+
+def _logger(name: str, folder: RunFolder) -> Any:
+    place = str(folder.path)
+    try:
+        if name == "csv":
+            from lightning.fabric.loggers import CSVLogger
+
+            return CSVLogger(place, name="csv")
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(place, name="tensorboard")
+        if name == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            return WandbLogger(save_dir=place, name=folder.name, project="overproof")
+        from lightning.pytorch.loggers import MLFlowLogger
+
+        return MLFlowLogger(save_dir=str(folder.path / "mlflow"), run_name=folder.name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"The logger {name!r} is not installed ({error}). Install it: pip install 'overproof[{name}]'."
+        ) from None
