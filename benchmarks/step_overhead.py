@@ -1,6 +1,6 @@
 """One KD training step through Overproof against the same step in a bare PyTorch loop.
 
-    python benchmarks/step_overhead.py
+    python benchmarks/step_overhead.py [--save]
 
 Same networks, same weights, same batches; the two loops alternate in blocks of steps so that both see the same machine, and the
 median over blocks is compared. Outcome check: both students end with the same weights. Ends with one JSON line; a ratio is our
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,8 +25,9 @@ from torch import nn
 from overproof import console, create_model
 from overproof.config import TrainConfig
 from overproof.data import ImageSet, make_loader
-from overproof.folder import RunFolder
+from overproof.folder import RunFolder, write_json
 from overproof.methods import METHODS
+from overproof.run.environment import environment
 from overproof.training.loop import Trainer
 from overproof.training.schedules import learning_rate
 from overproof.types import Batch
@@ -86,16 +88,22 @@ def main() -> None:
     """Measure, print a table and the JSON line."""
     console.set_quiet(True)
     torch.set_num_threads(max(torch.get_num_threads(), 1))
-    ratios, equal = {}, True
+    ratios, spreads, equal = {}, {}, True
     print(f"KD step, batch {BATCH}, 3x32x32, teacher resnet20, median of {BLOCKS} blocks of {STEPS} steps")
     print(f"{'student':10} {'bare ms':>9} {'ours ms':>9} {'ratio':>7} {'sd of block ratios':>19}")
     for name in ("resnet8", "resnet20"):
         with tempfile.TemporaryDirectory() as folder:
             bare, ours, spread, same = measure(name, Path(folder))
         ratios[f"kd_{name}"] = round(ours / bare, 4)
+        spreads[f"kd_{name}"] = round(spread / BLOCKS**0.5, 4)
         equal = equal and same
         print(f"{name:10} {1e3 * bare:9.2f} {1e3 * ours:9.2f} {ours / bare:7.3f} {spread:19.3f}")
-    print(json.dumps({"name": "step_overhead", "ratios": ratios, "equal": equal}))
+    line = {"name": "step_overhead", "ratios": ratios, "equal": equal}
+    if "--save" in sys.argv:
+        about = f"One KD step, batch {BATCH}, 3x32x32, resnet20 teaching, against the same step in a bare PyTorch loop; median of {BLOCKS} blocks."
+        facts = {"about": about, "spread": spreads, "environment": {**environment("cpu"), "command": "", "platform": ""}}
+        write_json(Path("results/bench-step_overhead.json"), {**line, **facts})
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

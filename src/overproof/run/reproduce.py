@@ -123,11 +123,36 @@ def write_table(results: Path, path: Path, home: Path | None = None) -> None:
         lines += [""] + (
             _rows(read_json(results / f"{name}.json")) if (results / f"{name}.json").exists() else ["Not measured yet."]
         )
+    lines += _benchmarks(results)
     if path.exists() and not path.read_text("utf-8").startswith("\n".join(HEADER)):
         raise FolderError(f"{path} is somebody else's file; run `overproof reproduce` where RESULTS.md may be written.")
     with atomic(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     _embed(results, path.with_name("README.md"))
+
+
+def _benchmarks(results: Path) -> list[str]:
+    """What `python benchmarks/NAME.py --save` left: our time divided by the other's."""
+    lines: list[str] = []
+    for path in sorted(results.glob("bench-*.json")):
+        found = read_json(path)
+        seen = found["environment"]
+        lines += [
+            "",
+            f"## benchmark {found['name']}",
+            "",
+            found["about"],
+            "",
+            "| case | our time / the other's | spread |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {key} | {ratio:.3f} | ± {found['spread'][key]:.3f} |" for key, ratio in found["ratios"].items()]
+        outcome = "equal" if found["equal"] else "NOT equal"
+        lines += [
+            "",
+            f"Outcome {outcome}; {seen.get('device')}, torch {seen.get('torch')}, commit {seen.get('commit')}, {seen.get('date', '')[:10]}.",
+        ]
+    return lines
 
 
 def _embed(results: Path, readme: Path) -> None:
