@@ -39,12 +39,12 @@ def bare_step(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Opt
     """What a careful user writes by hand."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+    optimizer.zero_grad()
     with torch.no_grad():
         target = teacher(batch.images)
     logits = student(batch.images)
     soft = F.kl_div(F.log_softmax(logits / 4, 1), F.log_softmax(target / 4, 1), reduction="batchmean", log_target=True)
     loss = 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * 16 * soft
-    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
