@@ -3,8 +3,8 @@
     python benchmarks/step_overhead.py [--save]
 
 Same networks, same weights, same batches; the two loops take turns step by step, each going first every other time, so that both
-see the same machine; the median over the pairs' ratios is reported. Outcome check: both students end with the same weights. Ends with one JSON line; a ratio is our
-time divided by the bare loop's.
+see the same machine; the median over the pairs' ratios is reported. Outcome check: both students end with the same weights. Ends
+with one JSON line; a ratio is our time divided by the bare loop's.
 """
 
 from __future__ import annotations
