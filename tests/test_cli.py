@@ -307,3 +307,37 @@ def test_torchrun_processes_are_used() -> None:
     assert json.loads(done.stdout)["runs"][0]["state"] == "done"
     # 200 images, batches of 2 x 128 do not fill: one near-equally cut step in the epoch
     assert RunFolder("runs/two").metrics[-1]["step"] == 1
+
+
+def test_a_curve_without_attack_is_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["train", *QUICK, "--model", "mlp", "--out", "x", "--set", "evaluation.curve=[0.1]"]) == 2
+    assert "needs an attack" in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
+def test_evaluations_are_not_overwritten_nor_written_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    for out in ("runs/t", "runs/u"):
+        assert call(["train", *QUICK, "--model", "mlp", "--out", out]) == 0
+    assert call(["evaluate", "runs/t", "--attack", "fgsm", "--name", "../../evil"]) == 2
+    assert call(["evaluate", "runs/t", "--attack", "fgsm", "--name", "test-best"]) == 0
+    assert call(["evaluate", "runs/t", "--attack", "fgsm", "--teacher", "runs/u"]) == 0
+    assert call(["evaluate", "runs/t", "--attack", "fgsm"]) == 0
+    assert call(["evaluate", "runs/t", "--attack", "fgsm"]) == 0
+    assert set(RunFolder("runs/t").evaluations) == {"test-best", "test-last", "test-best-2", "test-fgsm", "test-fgsm-2"}
+    assert RunFolder("runs/t").evaluations["test-best"]["attacks"] == {}
+    assert call(["evaluate", "runs/t", "--attack", "fgsm", "--curve", "0.1,-0.2"]) == 2
+    assert call(["evaluate", "runs/t", "--model", "mlp"]) == 2
+
+
+def test_folders_of_the_user_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    for out in ("empty", "a/b/c"):
+        assert call(["train", "--data", "folder:/nonexistent", "--out", out]) == 1
+    assert Path("empty").is_dir()
+    assert not list(Path("empty").iterdir())
+    assert not Path("a").exists()
+
+
+def test_impossible_devices_are_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["train", *QUICK, "--model", "mlp", "--out", "x", "--devices", "foo"]) == 2
+    assert "train.devices='foo'" in capsys.readouterr().err

@@ -50,7 +50,8 @@ def borrowed(model: nn.Module | None) -> Iterator[None]:
         return
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     compiled, device = model._compiled_call_impl, device_of(model)
-    strides = {name: tensor.stride() for name, tensor in model.named_parameters()}
+    lazy = torch.nn.UninitializedParameter
+    strides = {name: p.stride() for name, p in model.named_parameters() if not isinstance(p, lazy)}
     try:
         with in_mode(model, "keep"):
             yield
@@ -58,8 +59,9 @@ def borrowed(model: nn.Module | None) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         model._compiled_call_impl = compiled
-        model.to(device)
-        if any(tensor.stride() != strides[name] for name, tensor in model.named_parameters()):
+        if device_of(model) != device:
+            model.to(device)
+        if any(p.stride() != strides.get(name, p.stride()) for name, p in model.named_parameters() if not isinstance(p, lazy)):
             model.to(memory_format=torch.contiguous_format)
 
 

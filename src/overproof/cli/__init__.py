@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ app.command(show_one, name="show")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
+    # A scheduler's SIGTERM is a Ctrl-C: what is under way is recorded as interrupted, and training writes a checkpoint first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
 
 

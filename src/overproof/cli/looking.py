@@ -44,7 +44,7 @@ def evaluate(
     data
         Another data set than the run's own.
     limit
-        Use only the first so many test images.
+        Use only so many images, the classes in proportion.
     model
         Instead of a run: a model by name; with --weights FILE (safetensors or a state dict of plain tensors).
     teacher
@@ -58,6 +58,10 @@ def evaluate(
 
     options: dict[str, Any] = {"attacks": attacks, "curve": curve, "data": data, "split": split, "limit": limit, "seed": seed}
     options |= {"teacher": teacher, "overrides": overrides}
+    if run is not None and (model is not None or weights is not None):
+        raise UsageError("Name either a run folder or --model with --weights, not both.")
+    if run is None and (name is not None or which != "best"):
+        raise UsageError("--name and --which belong to a run folder.")
     kept: Path | None = None
     if run is not None:
         result = evaluate_run(run, which=which, name=name, trusted=trust, **options)

@@ -36,13 +36,14 @@ def _execute(
     if len(chosen) > 1:
         from overproof.run.seeds import execute_seeds
 
-        folders = execute_seeds(resolved, out, chosen)
+        folders = execute_seeds(resolved, out, chosen, trusted=trust)
     else:
         from overproof.run.execute import execute
+        from overproof.run.prepare import Parts
 
         if chosen:
             resolved = resolve(resolved.table(), {"seed": chosen[0]})
-        folders = [execute(resolved, out).folder]
+        folders = [execute(resolved, out, parts=Parts(trusted=trust)).folder]
     show_runs(folders, out / "report.html", as_json)
 
 

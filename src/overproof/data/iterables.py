@@ -68,6 +68,11 @@ class IterableLoader:
             whole = checked(images, labels, f"batch {number}", self.classes)
             index = item.index.cpu() if isinstance(item, Batch) else whole.index + first
             batch = self._mine(replace(whole, index=index))
+            if len(whole) < self.world_size:
+                raise DataError(
+                    f"batch {number} has {len(whole)} images for {self.world_size} processes, so one would go without. Use drop_last=True, "
+                    "or give a Dataset instead of a loader."
+                )
             if len(batch):
                 yield self._augmented(batch.to(self.device, non_blocking=True), epoch, number)
         if number < 0:

@@ -14,6 +14,7 @@ from overproof.attacks import ATTACKS
 from overproof.attacks.base import Attack
 from overproof.data import load_data, make_loader
 from overproof.errors import DataError, UsageError
+from overproof.evaluation.curves import check_curve
 from overproof.evaluation.judge import Judge
 from overproof.evaluation.records import Evaluation
 from overproof.networks import device_of, in_mode, on_device
@@ -54,12 +55,11 @@ def evaluate(
     """
     started = time.perf_counter()
     attacks = make_attacks(attacks)
-    if curve and not attacks:
-        raise UsageError("A robustness curve needs an attack: give attacks={'pgd': PGD(eps=8/255)}.")
+    curve = check_curve(curve, attacks)
     device = torch.device(device) if device is not None else device_of(model)
     data = load_data(data).test if isinstance(data, str) else data
     loader = make_loader(data, batch_size, device=device)
-    judge = Judge(model, attacks, tuple(sorted(curve)), teacher, seed)
+    judge = Judge(model, attacks, curve, teacher, seed)
     with (
         torch.random.fork_rng(devices=[]),  # a loader's order may draw from the global generator
         on_device(model, device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import Attack, logits_of
-from overproof.errors import DataError, UsageError
+from overproof.errors import DataError
+from overproof.evaluation.curves import with_radius
 from overproof.evaluation.metrics import calibration_error, latency, multiply_adds, per_class
 from overproof.evaluation.records import Evaluation
 from overproof.evaluation.verdicts import seeded, verdict
@@ -109,7 +109,7 @@ class Judge:
         for eps in self.curve:
             if eps > 0 and bool(holds.any()):
                 generator = seeded(images.device, self.seed, name, eps, number)
-                result = verdict(_with_radius(attack, eps), self.model, images[holds], labels[holds], generator)
+                result = verdict(with_radius(attack, eps), self.model, images[holds], labels[holds], generator)
                 holds = holds.clone()
                 holds[holds.nonzero().flatten()[result.predictions != labels[holds]]] = False
             self._put(**{f"curve/{eps:.6g}": holds})
@@ -192,14 +192,3 @@ class Judge:
                 "need logits; remove the softmax, or robust accuracy will look better than it is."
             )
         return found
-
-
-def _with_radius(attack: Attack, eps: float) -> Attack:
-    # A step given in pixels was chosen for the attack's own radius: it grows with the ball, else large balls go unexplored.
-    step = getattr(attack, "step_size", None)
-    scaled = {"step_size": step * eps / attack.threat.eps} if step and attack.threat.eps else {}
-    try:
-        changed: Attack = replace(attack, eps=eps, **scaled)  # type: ignore[type-var]
-    except TypeError:
-        raise UsageError(f"{attack!r} has no radius `eps` to vary; a curve needs such an attack.") from None
-    return changed

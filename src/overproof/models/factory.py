@@ -85,7 +85,7 @@ def rebuild(spec: dict[str, Any], *, trusted: bool = False) -> Classifier:
     if _is_callable(name) and not trusted:
         raise OverproofError(
             f"The model was built by {name!r}; importing it would execute code that the run folder names. Pass the network "
-            "yourself, `overproof.load(run, model=...)`, or say trusted=True."
+            "yourself, `overproof.load(run, model=...)`, or say trusted=True (--trust on the command line)."
         )
     if unsafe := [option for option in options if option in _UNSAFE]:
         raise OverproofError(f"The description of model {name!r} asks to read other files ({', '.join(unsafe)}); refused.")

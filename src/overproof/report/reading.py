@@ -23,7 +23,7 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
+        return value if math.isfinite(value) else None
     except OverflowError:
         return None
 

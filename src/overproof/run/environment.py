@@ -20,8 +20,8 @@ from overproof.errors import FolderError
 from overproof.folder import RunFolder
 
 
-def claim(folder: RunFolder, config: RunConfig, resume: bool) -> None:
-    """Make the folder ours, or say who owns it."""
+def claim(folder: RunFolder, config: RunConfig, resume: bool) -> list[Path]:
+    """Make the folder ours, or say who owns it; returns the folders that had to be made, the innermost first."""
     if folder.exists:
         state = folder.status.get("state")
         if not resume:
@@ -33,14 +33,16 @@ def claim(folder: RunFolder, config: RunConfig, resume: bool) -> None:
         if known != config.table():
             changed = _differences(known, config.table())
             raise FolderError(f"{folder.path} holds a run with another configuration ({changed}). Choose another --out.")
-        return
+        return []
     ours = {".lock", ".config.toml.partial"}  # all that a run killed in its first moment leaves
     if folder.path.exists() and (not folder.path.is_dir() or any(p.name not in ours for p in folder.path.iterdir())):
         raise FolderError(f"{folder.path} exists and is not a run folder. Choose another --out, or empty it.")
+    made = [place for place in (folder.path, *folder.path.parents) if not place.exists()]
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FolderError(f"{folder.path} cannot be made: {error.strerror}.") from error
+    return made
 
 
 def _differences(old: Any, new: Any, place: str = "") -> str:

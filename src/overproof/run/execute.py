@@ -16,7 +16,7 @@ from overproof import console
 from overproof.config import RunConfig, resolve
 from overproof.data import DeviceLoader, Splits, build_augment, make_loader
 from overproof.errors import FolderError, OverproofError, UsageError
-from overproof.folder import RunFolder, write_json, write_toml
+from overproof.folder import RunFolder, disk_message, write_json, write_toml
 from overproof.methods.objective import Objective
 from overproof.models.weights import load_model
 from overproof.networks import borrowed
@@ -60,17 +60,16 @@ def execute(
         Interrupted: stopped from outside or by the deadline; resumable.
     """
     folder, parts, leader = RunFolder(out), parts or Parts(), console.leading()
-    config = checked(config, own_attacks=parts.attacks is not None)
-    if leader:
-        claim(folder, config, resume)
-    if folder.exists and folder.status["state"] == "done":
+    config = checked(config, own_attacks=parts.attacks)
+    made = claim(folder, config, resume) if leader else []
+    if folder.exists and folder.status.get("state") == "done":
         return _finished(folder, parts.student, parts.trusted)
     with (
         console.quiet_unless(leader),
+        _locked(folder, leader),
+        _recorded(folder, leader, made),
         _own_randomness(),
         borrowed(parts.teacher),
-        _locked(folder, leader),
-        _recorded(folder, leader),
         launched(config, folder) as fabric,
     ):
         objective, data = prepare(config, parts)
@@ -157,7 +156,9 @@ def _remember_teacher(objective: Objective, data: Splits | UserData, fabric: Any
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
     """The caller's random numbers go on afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # Only a device already in use has a stream worth keeping; looking at the others would wake them.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
         yield
 
 
@@ -167,16 +168,26 @@ def _locked(folder: RunFolder, leader: bool) -> Iterator[None]:
     if not leader:
         yield
         return
-    with (folder.path / ".lock").open("w") as file:
+    path = folder.path / ".lock"
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise FolderError(disk_message(path, error)) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FolderError(f"Another process is working in {folder.path}. Wait for it, or stop it first.") from None
+        except BlockingIOError:
+            raise FolderError(
+                f"Another process is working in {folder.path} (after a kill: perhaps its loader processes, for a few seconds). Wait "
+                "for it, or stop it first."
+            ) from None
+        except OSError as error:  # some network file systems know no locks
+            console.note(f"note: {folder.path} cannot be locked ({error.strerror}); do not run it twice at once.")
         yield
 
 
 @contextlib.contextmanager
-def _recorded(folder: RunFolder, leader: bool) -> Iterator[None]:
+def _recorded(folder: RunFolder, leader: bool, made: list[Path]) -> Iterator[None]:
     """The run's state tells what happened, whatever happens; a folder in which nothing began is left as it was found."""
     try:
         yield
@@ -188,5 +199,6 @@ def _recorded(folder: RunFolder, leader: bool) -> Iterator[None]:
         elif leader:
             with contextlib.suppress(OSError):  # nothing began here: leave no trace
                 (folder.path / ".lock").unlink(missing_ok=True)
-                folder.path.rmdir()
+                for place in made:
+                    place.rmdir()
         raise

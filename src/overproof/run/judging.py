@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from overproof import console
 from overproof.attacks.base import Attack
 from overproof.config import RunConfig, resolve
 from overproof.data import Splits, stratified_subset
-from overproof.errors import UsageError
+from overproof.errors import OverproofError, UsageError
 from overproof.evaluation.evaluator import evaluate
 from overproof.evaluation.records import Evaluation
-from overproof.folder import RunFolder
+from overproof.folder import RunFolder, plain
 from overproof.methods.objective import Objective
 from overproof.models import create_model
 from overproof.models.weights import fill, load_model, read_state
@@ -41,9 +43,13 @@ def evaluate_run(
         raise UsageError(
             f"{folder.path} was trained on data of a program; name a data set with --data, or use overproof.evaluate."
         )
-    result = _measure(load_model(folder.path, which, trusted=trusted), config, **options)
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError(f"--name {name!r}: use letters, digits, dots, dashes and underscores.")
+    result = _measure(load_model(folder.path, which, trusted=trusted), config, trusted=trusted, **options)
     summary = {**result.summary, "weights": which, "model": config.model.name}
-    summary["name"] = name or _free_name(folder, _name_of(options["attacks"], summary["split"]), summary)
+    summary["protocol"] = plain({**summary["protocol"], "weights": which})
+    wanted = name or _name_of(options["attacks"], summary["split"])
+    summary["name"] = _free_name(folder, wanted, summary["protocol"])
     result = Evaluation(summary, result.samples, result.gallery)
     result.save(folder.path, summary["name"])
     return result
@@ -81,28 +87,54 @@ def _measure(
     seed: int = 0,
     teacher: str | Path | None = None,
     overrides: Sequence[str] = (),
+    trusted: bool = False,
 ) -> Evaluation:
     table = config.table()
     if data is not None:
         table["data"] = {"name": data, "validation": config.data.validation}
     config = resolve(table, overrides=overrides)
     chosen = _part(data_of(config), split, limit)
-    if teacher is None and config.teacher is not None and config.teacher.run and data is None:
-        teacher = config.teacher.run if RunFolder(config.teacher.run).exists else None
+    master = _teacher_of(config, teacher, use_own=data is None, trusted=trusted)
+    teacher = teacher or (config.teacher.run if config.teacher and master else None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = evaluate(
         model.to(device),
         chosen,
         attacks=attacks,
         curve=[convert(part, float, "--curve") for part in curve.split(",") if part.strip()],
-        teacher=load_model(teacher).to(device) if teacher else None,
+        teacher=master,
         batch_size=config.evaluation.batch_size,
         seed=seed,
     )
-    facts: dict[str, Any] = {"data": config.data.name, "split": split}
+    summary = result.summary
+    protocol = {
+        "attacks": {name: facts["attack"] for name, facts in summary["attacks"].items()},
+        "curve": summary["curve"] and summary["curve"]["eps"],
+        "data": config.table()["data"],
+        "split": split,
+        "limit": limit,
+        "seed": seed,
+        "teacher": str(teacher) if teacher else None,
+        "batch_size": config.evaluation.batch_size,
+    }
+    facts: dict[str, Any] = {"data": config.data.name, "split": split, "protocol": protocol}
     if teacher:
         facts["agreement"] = {**result.summary["agreement"], "teacher": str(teacher)}
     return Evaluation({**result.summary, **facts}, result.samples, result.gallery)
+
+
+def _teacher_of(config: RunConfig, wanted: str | Path | None, *, use_own: bool, trusted: bool) -> nn.Module | None:
+    """The teacher asked for; else the run's own, if it is still there and may be loaded."""
+    if wanted is not None:
+        return load_model(RunFolder(wanted).require().path, trusted=trusted)
+    own = config.teacher.run if use_own and config.teacher is not None else None
+    if not own or not RunFolder(own).exists:
+        return None
+    try:
+        return load_model(own, trusted=trusted)
+    except OverproofError as error:
+        console.note(f"note: no agreement with the teacher in {own}: {error}")
+        return None
 
 
 def _part(splits: Splits, split: str, limit: int | None) -> Any:
@@ -112,22 +144,10 @@ def _part(splits: Splits, split: str, limit: int | None) -> Any:
     return chosen if limit is None else chosen.subset(stratified_subset(chosen.labels, limit))
 
 
-def _free_name(folder: RunFolder, wanted: str, summary: dict[str, Any]) -> str:
+def _free_name(folder: RunFolder, wanted: str, protocol: dict[str, Any]) -> str:
     """`wanted`, unless it stands for a measurement made differently: that one is kept and the new one numbered."""
-
-    def protocol(known: dict[str, Any]) -> Any:
-        attacks = {name: facts["attack"] for name, facts in known["attacks"].items()}
-        return (
-            attacks,
-            known.get("data"),
-            known["samples"],
-            known["seed"],
-            known.get("weights"),
-            (known["curve"] or {}).get("eps"),
-        )
-
     known, name, number = folder.evaluations, wanted, 2
-    while name in known and protocol(known[name]) != protocol(summary):
+    while name in known and known[name].get("protocol") != protocol:
         name, number = f"{wanted}-{number}", number + 1
     return name
 

@@ -22,6 +22,7 @@ def launched(config: RunConfig, folder: RunFolder) -> Iterator[Any]:
     Raises:
         UsageError: a second run over several devices in one process without torchrun, or a logger that is not installed.
     """
+    global _spawned
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
@@ -32,18 +33,17 @@ def launched(config: RunConfig, folder: RunFolder) -> Iterator[Any]:
         phases = getattr(METHODS.get(config.method.name).load(), "phases", ("train",))
         # A phase leaves the other phases' parameters without gradients; with one phase that would be a mistake worth an error.
         strategy = DDPStrategy(find_unused_parameters=len(phases) > 1)
-        _once()
+        _only_once()
     loggers = [_logger(name, folder) for name in train.loggers]
     precision: Any = "32-true" if train.precision == "32" else train.precision
-    fabric = Fabric(
-        accelerator=train.accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=precision,
-        loggers=loggers,
-    )
+    places = {"accelerator": train.accelerator, "devices": devices, "num_nodes": nodes}
+    try:
+        fabric = Fabric(strategy=strategy, precision=precision, loggers=loggers, **places)
+    except (ValueError, TypeError, RuntimeError) as error:
+        named = ", ".join(f"train.{k}={v!r}" for k, v in places.items())
+        raise UsageError(f"This machine cannot serve {named}, train.precision={train.precision}: {error}") from error
     fabric.launch()
+    _spawned = _spawned or fabric.world_size > 1
     outcome = "failed"
     try:
         yield fabric
@@ -67,14 +67,12 @@ def _devices(train: TrainConfig) -> tuple[int | str, int]:
     return train.devices, train.nodes
 
 
-def _once() -> None:
-    global _spawned
+def _only_once() -> None:
     if _spawned and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise UsageError(
             "Several runs over several devices in one go need torchrun: torchrun --nproc-per-node N -m overproof ... (without "
             "--devices)."
         )
-    _spawned = True
 
 
 def _logger(name: str, folder: RunFolder) -> Any:

@@ -15,6 +15,7 @@ from overproof.attacks.base import Attack, logits_of
 from overproof.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
 from overproof.data import DATA, Splits, build_augment, load_data, make_loader
 from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
+from overproof.evaluation.curves import check_curve
 from overproof.evaluation.evaluator import make_attacks
 from overproof.folder import RunFolder
 from overproof.methods import METHODS
@@ -48,7 +49,7 @@ class Parts:
     trusted: bool = False
 
 
-def checked(config: RunConfig, own_attacks: bool = False) -> RunConfig:
+def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) -> RunConfig:
     """The configuration with names and options checked, before anything is built or written.
 
     A robust method whose evaluation names no attack gets PGD-20 under the threat it was trained for.
@@ -76,8 +77,9 @@ def checked(config: RunConfig, own_attacks: bool = False) -> RunConfig:
     _check_section("model", config.model, MODELS)
     _check_section("data", config.data, DATA)
     build_augment(config.data.augment, classes=2)
-    make_attacks(config.evaluation.attacks)
-    return config if own_attacks else _with_attack(config, entry)
+    config = config if own_attacks else _with_attack(config, entry)
+    check_curve(config.evaluation.curve, own_attacks or make_attacks(config.evaluation.attacks))
+    return config
 
 
 def _check_section(kind: str, section: DataConfig | ModelConfig, registry: Registry) -> None:

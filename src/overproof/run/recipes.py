@@ -122,6 +122,8 @@ def run_recipe(
     seeds, overrides = tuple(seeds) or tuple(recipe.about.seeds), tuple(overrides)
     for text in overrides:
         parse_override(text)
+    for name in recipe.runs:
+        refuse_code(recipe.config(name, Path(out), 0, overrides), f"The recipe {recipe.name}", trusted)
     folders: dict[int, dict[str, RunFolder]] = {}
     for seed in seeds:
         place = Path(out) / f"seed-{seed}" if len(seeds) > 1 else Path(out)
@@ -131,7 +133,7 @@ def run_recipe(
             known = folder.exists
             if not (known and folder.status.get("state") == "done"):
                 console.note(f"{'resuming' if known else 'running'} {name}, seed {seed} -> {folder.path}")
-            config = refuse_code(recipe.config(name, place, seed, overrides), f"The recipe {recipe.name}", trusted)
+            config = recipe.config(name, place, seed, overrides)
             execute(config, folder.path, parts=Parts(trusted=trusted), resume=known, deadline=deadline)
     return folders
 

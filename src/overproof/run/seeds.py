@@ -13,16 +13,17 @@ from overproof import console
 from overproof.config import RunConfig, resolve
 from overproof.folder import RunFolder
 from overproof.run.execute import execute
+from overproof.run.prepare import Parts
 
 
-def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int]) -> list[RunFolder]:
+def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, trusted: bool = False) -> list[RunFolder]:
     """One run per seed in `out/seed-N`; finished ones are kept, so that the call can be repeated."""
     folders = []
     table = config.table()
     for seed in seeds:
         folder = RunFolder(Path(out) / f"seed-{seed}")
         console.note(f"seed {seed} -> {folder.path}")
-        execute(resolve({**table, "seed": seed}), folder.path, resume=folder.exists)
+        execute(resolve({**table, "seed": seed}), folder.path, parts=Parts(trusted=trusted), resume=folder.exists)
         folders.append(folder)
     return folders
 
