@@ -26,7 +26,7 @@ def main() -> None:
 
     network = torchvision.models.resnet18(num_classes=10)
     teacher = overproof.Classifier(network, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    overproof.train(teacher, train, validation_data=validation, epochs=3, lr=0.02)
+    overproof.train(teacher, train, validation_data=validation, epochs=4, optimizer="adamw", lr=1e-3)
 
     student = nn.Sequential(
         nn.Conv2d(3, 16, 5, stride=2),

@@ -1,8 +1,8 @@
 """A method in one file, as a plug-in.
 
     overproof train --data digits --model mlp --epochs 20 --lr 0.05 --out runs/plugin-teacher
-    overproof distill --plugin examples/plugin_method.py --data digits --teacher runs/plugin-teacher --student lenet5-half \\
-        --method margin-kd --epochs 20 --lr 0.05 --set method.weight=0.1 --out runs/plugin-student
+    overproof distill --plugin examples/plugin_method.py --data digits --teacher runs/plugin-teacher --student mlp \\
+        --method margin-kd --epochs 20 --lr 0.01 --set method.weight=0.01 --out runs/plugin-student
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MarginKD(Objective):
     L = mean_n CE(y_n, S(x_n)) + weight mean_n (gap(S(x_n)) - gap(T(x_n)))^2
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, *, weight: float = 0.1) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, *, weight: float = 0.01) -> None:
         super().__init__(student, teacher)
         self.weight = weight
 
