@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -210,14 +209,11 @@ def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_help_is_quick() -> None:
-    def seconds() -> float:
-        begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "overproof", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - begun
-
-    # A generous bound: an import of torch alone takes longer than this on a busy machine.
-    assert min(seconds() for _ in range(3)) < 5
+def test_help_names_every_command() -> None:
+    """(That it imports nothing heavy, which is what makes it quick, is asserted in test_floors.)"""
+    text = subprocess.run([sys.executable, "-m", "overproof", "--help"], check=True, capture_output=True, text=True).stdout
+    for command in ("train", "distill", "evaluate", "resume", "report", "list", "show", "demo", "run", "reproduce"):
+        assert command in text
 
 
 def test_lists_are_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from overproof.evaluation.curves import with_radius
 from overproof.evaluation.metrics import calibration_error, latency, multiply_adds, per_class
 from overproof.evaluation.records import Evaluation
 from overproof.evaluation.verdicts import seeded, verdict
+from overproof.models import parameters_of
 from overproof.networks import full_precision, in_mode
 from overproof.types import Batch
 
@@ -126,7 +127,7 @@ class Judge:
             "classes": list(classes),
             "ece": calibration_error(logits, labels),
             "nll": float(nn.functional.cross_entropy(logits, labels)),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": parameters_of(self.model),
             "macs": multiply_adds(self.model, self.image),
             "latency_ms": latency(self.model, self.image),
             "device": str(self.image.device),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from overproof.registry import Registry
 
 if TYPE_CHECKING:
-    from overproof.models.classifier import Classifier, Normalize, as_classifier, count_parameters, parameters_of
+    from overproof.models.classifier import Classifier, Normalize, as_classifier, parameters_of
     from overproof.models.factory import create_model, rebuild
 
 MODELS = Registry("model", "overproof.models")
@@ -101,14 +101,13 @@ _HOMES = {
     "Classifier": "classifier",
     "Normalize": "classifier",
     "as_classifier": "classifier",
-    "count_parameters": "classifier",
     "parameters_of": "classifier",
     "create_model": "factory",
     "rebuild": "factory",
 }
 
 __all__ = [
-    "MODELS", "Classifier", "Normalize", "as_classifier", "count_parameters", "create_model", "parameters_of", "rebuild",
+    "MODELS", "Classifier", "Normalize", "as_classifier", "create_model", "parameters_of", "rebuild",
 ]  # fmt: skip
 
 

@@ -129,6 +129,3 @@ def as_classifier(module: nn.Module, *, mean: Statistic = None, std: Statistic =
 def parameters_of(model: nn.Module) -> int:
     """Number of trainable parameters: all weights and biases, also while frozen; no buffers."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-count_parameters = parameters_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from overproof.errors import FolderError
 from overproof.folder import atomic, read_json, write_json
-from overproof.models.classifier import Classifier
+from overproof.models.classifier import Classifier, parameters_of
 from overproof.models.factory import rebuild
 
 Which = Literal["best", "last"]
@@ -34,7 +34,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {
         "spec": getattr(model, "spec", None),
         "class": f"{kind.__module__}.{kind.__qualname__}",
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters_of(model),
     }
 
 
