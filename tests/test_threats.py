@@ -76,7 +76,7 @@ def test_saturated_pixels_do_not_take_l2_or_l1_steps() -> None:
 
 
 def test_bad_radius_is_refused() -> None:
-    for make in (lambda: Linf(-0.1), lambda: L2(float("nan")), lambda: L1(float("inf")), lambda: Linf(8.0)):
+    for make in (lambda: Linf(-0.1), lambda: L2(float("nan")), lambda: L1(-1.0), lambda: Linf(8.0)):
         with pytest.raises(UsageError, match="eps="):
             make()
     with pytest.raises(UsageError, match="known: Linf"):

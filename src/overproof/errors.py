@@ -34,3 +34,7 @@ class FolderError(OverproofError):
 
 class NonFiniteLossError(OverproofError):
     """Training met a loss that is NaN or infinite."""
+
+
+class NoGradientError(OverproofError):
+    """A gradient attack met a model through which no gradient reaches the images."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from overproof.attacks.threats import Threat, blank
-from overproof.errors import OverproofError
+from overproof.attacks.randomness import normal
+from overproof.attacks.threats import Threat
+from overproof.errors import NoGradientError
 
 Start = Literal["uniform", "gaussian", "image"]
 Loss = Callable[[Tensor, Tensor], "Tensor | tuple[Tensor, Tensor]"]
@@ -46,7 +48,7 @@ def ascend(
         The last points, detached, inside ball and box.
 
     Raises:
-        OverproofError: the loss does not depend on the images.
+        NoGradientError: the loss does not depend on the images.
     """
     origin = images.detach()
     x = _start(origin, threat, start, generator)
@@ -70,21 +72,38 @@ def _start(images: Tensor, threat: Threat, start: Start, generator: torch.Genera
     if start == "uniform":
         return threat.random(images, generator)
     if start == "gaussian":
-        noise = blank(images, generator).normal_(0, 0.001, generator=generator)
-        return threat.project(images + noise.to(images.device), images)
+        return threat.project(images + normal(images, generator, 0.001), images)
     return images.clone()
 
 
 def _gradient(loss: Loss, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    # Inference mode of the caller would make gradients impossible; no_grad is simply lifted.
-    with torch.inference_mode(False), torch.enable_grad():
-        x = x.clone().requires_grad_() if x.is_inference() else x.detach().requires_grad_()
+    with differentiable(x) as x:
         result = loss(x, rows)
         values, finished = result if isinstance(result, tuple) else (result, None)
-        if not values.requires_grad:
-            raise OverproofError(
-                "The attacked function does not depend differentiably on the images (its value carries no gradient). Remove "
-                "detach(), no_grad() or rounding from the model's forward, or use a black-box attack."
-            )
-        (gradient,) = torch.autograd.grad(values.sum(), x)
-    return gradient, finished
+        return input_gradient(values, x), finished
+
+
+@contextmanager
+def differentiable(x: Tensor) -> Iterator[Tensor]:
+    """`x` as a leaf that gradients reach, whatever the caller switched off."""
+    # Inference mode of the caller would make gradients impossible; no_grad is simply lifted.
+    with torch.inference_mode(False), torch.enable_grad():
+        yield x.clone().requires_grad_() if x.is_inference() else x.detach().requires_grad_()
+
+
+def input_gradient(values: Tensor, x: Tensor, *, keep_graph: bool = False) -> Tensor:
+    """Gradient of sum(values) with respect to the images `x` alone; parameters receive nothing.
+
+    Raises:
+        NoGradientError: `values` does not depend on `x` as far as autograd can see.
+    """
+    gradient = None
+    if values.requires_grad:
+        (gradient,) = torch.autograd.grad(values.sum(), x, retain_graph=keep_graph, allow_unused=True)
+    if gradient is None:
+        raise NoGradientError(
+            "The attacked function does not depend differentiably on the images (its value carries no gradient). Remove "
+            "detach(), no_grad() or rounding from the model's forward, put a BPDA wrapper around that part, or use a "
+            "black-box attack (square, hop-skip-jump)."
+        )
+    return gradient

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.threats import Norm, Threat, make_threat
-from overproof.errors import DataError
+from overproof.attacks.threats import AnyNorm, Norm, Threat, make_threat
+from overproof.errors import DataError, UsageError
 from overproof.networks import in_mode
 
 
@@ -52,12 +53,97 @@ class BudgetAttack:
     targeted: bool = False
 
     def __post_init__(self) -> None:
+        if math.isinf(self.eps):
+            raise UsageError(f"{type(self).__name__}(eps=inf): this attack needs a radius, such as 8/255.")
         make_threat(self.norm, self.eps)
 
     @property
     def threat(self) -> Threat:
         """What the attacker may do."""
         return make_threat(self.norm, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumNormAttack:
+    """An attack that looks for the smallest change that succeeds.
+
+    It returns the nearest adversarial image found; where none was found within `eps`, the image as it was.
+
+    Args:
+        eps: a found image counts only within this radius; infinite: whatever the size.
+        norm: "Linf", "L2", "L1" or "L0", in which the size is measured; an attack may know only some.
+        targeted: labels are classes to be reached.
+
+    Raises:
+        UsageError: a norm that the attack does not know.
+    """
+
+    norms: ClassVar[tuple[AnyNorm, ...]] = ("Linf", "L2", "L1", "L0")
+
+    eps: float = math.inf
+    norm: AnyNorm = "L2"
+    targeted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.norm not in self.norms:
+            raise UsageError(f"{type(self).__name__} knows the norms {', '.join(self.norms)}, not {self.norm!r}.")
+        make_threat(self.norm, self.eps)
+
+    @property
+    def threat(self) -> Threat:
+        """What the attacker may do."""
+        return make_threat(self.norm, self.eps)
+
+
+class Nearest:
+    """The nearest adversarial image to each of `images` that was offered so far.
+
+    Attributes:
+        images: (N, C, H, W), the originals where nothing was found.
+        sizes: (N,), infinite where nothing was found.
+    """
+
+    def __init__(self, images: Tensor, threat: Threat) -> None:
+        self.origin, self.threat = images.detach(), threat
+        self.images = self.origin.clone()
+        self.sizes = torch.full((len(images),), math.inf, dtype=images.dtype, device=images.device)
+
+    @property
+    def found(self) -> Tensor:
+        """Mask (N,) of images with an adversarial one."""
+        return self.sizes < math.inf
+
+    def offer(self, candidates: Tensor, adversarial: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Keep those `candidates` (M, C, H, W) that are `adversarial` (M,) and nearer than what is known.
+
+        Args:
+            candidates: images inside [0, 1].
+            adversarial: whether each fools the model.
+            rows: numbers (M,) of the images they belong to; all in order if None. No number may occur twice.
+
+        Returns:
+            Mask (M,) of those that were kept.
+        """
+        rows = torch.arange(len(self.images), device=self.images.device) if rows is None else rows
+        candidates = candidates.detach()
+        sizes = self.threat.size(candidates - self.origin[rows])
+        better = adversarial & (sizes < self.sizes[rows])
+        self.sizes[rows[better]] = sizes[better]
+        self.images[rows[better]] = candidates[better]
+        return better
+
+    def within(self, eps: float) -> Tensor:
+        """The images found within `eps`; the originals elsewhere."""
+        return torch.where(_expand(self.sizes <= eps, self.origin), self.images, self.origin)
+
+
+def _expand(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def won(predicted: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """Whether each prediction (N,) is what the attacker wants."""
+    return predicted == labels if targeted else predicted != labels
 
 
 def predictions(model: nn.Module, images: Tensor) -> Tensor:

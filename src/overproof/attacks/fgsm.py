@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from overproof.attacks.ascent import Start, ascend
 from overproof.attacks.base import BudgetAttack, logits_of
+from overproof.attacks.randomness import Streams
 from overproof.losses.divergences import cross_entropy
 from overproof.networks import in_mode
 
@@ -39,4 +40,4 @@ class FGSM(BudgetAttack):
 
         start: Start = "uniform" if self.random_start else "image"
         with in_mode(model):
-            return ascend(loss, images, self.threat, steps=1, step_size=self.eps, start=start, generator=generator)
+            return ascend(loss, images, self.threat, steps=1, step_size=self.eps, start=start, generator=Streams.of(generator, images))

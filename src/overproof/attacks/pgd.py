@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.ascent import ascend
-from overproof.attacks.base import BudgetAttack, logits_of, predictions
+from overproof.attacks.base import BudgetAttack, logits_of, predictions, won
+from overproof.attacks.randomness import Streams
 from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy
 from overproof.networks import in_mode
@@ -50,17 +51,15 @@ class PGD(BudgetAttack):
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images."""
+        streams = Streams.of(generator, images)
         with in_mode(model):
-            found = self._once(model, images, labels, generator)
-            for _ in range(self.restarts - 1):
-                holds = ~self._won(predictions(model, found), labels)
+            found = self._once(model, images, labels, streams)
+            for restart in range(1, self.restarts):
+                holds = ~won(predictions(model, found), labels, self.targeted)
                 if not bool(holds.any()):
                     break
-                found[holds] = self._once(model, images[holds], labels[holds], generator)
+                found[holds] = self._once(model, images[holds], labels[holds], streams.fork(restart).rows(holds))
         return found
-
-    def _won(self, predicted: Tensor, labels: Tensor) -> Tensor:
-        return predicted == labels if self.targeted else predicted != labels
 
     def _once(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
         sign = -1.0 if self.targeted else 1.0
@@ -68,7 +67,7 @@ class PGD(BudgetAttack):
         def loss(x: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             logits = logits_of(model, x)
             values = sign * cross_entropy(logits, labels[rows])
-            return (values, self._won(logits.detach().argmax(dim=1), labels[rows])) if self.early_stop else values
+            return (values, won(logits.detach().argmax(dim=1), labels[rows], self.targeted)) if self.early_stop else values
 
         return ascend(
             loss,

@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from overproof.attacks.randomness import normal, uniform
 from overproof.errors import UsageError
 
 Norm = Literal["Linf", "L2", "L1"]
+AnyNorm = Literal["Linf", "L2", "L1", "L0"]
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -25,18 +27,18 @@ class Threat(ABC):
     """A ball of radius `eps` around each image, cut with the box [0, 1].
 
     Args:
-        eps: radius in pixel units, at least 0 and finite.
+        eps: radius in pixel units, at least 0; infinite where only the size of a change matters (minimum-norm attacks).
 
     Raises:
-        UsageError: the radius is negative, infinite or NaN.
+        UsageError: the radius is negative or NaN, or a random start is asked of an infinite ball.
     """
 
     eps: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise UsageError(f"{type(self).__name__}(eps={self.eps}): the radius must be finite and at least 0.")
-        if isinstance(self, Linf) and self.eps > 1:
+        if not self.eps >= 0:
+            raise UsageError(f"{type(self).__name__}(eps={self.eps}): the radius must be a number and at least 0.")
+        if isinstance(self, Linf) and 1 < self.eps < math.inf:
             raise UsageError(f"Linf(eps={self.eps:g}): pixels lie in [0, 1]; write 8/255 for eight grey levels.")
 
     @abstractmethod
@@ -51,9 +53,14 @@ class Threat(ABC):
     def project(self, candidates: Tensor, images: Tensor) -> Tensor:
         """Points of the cut ball around `images` that are near `candidates`."""
 
-    @abstractmethod
     def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A start drawn uniformly from the ball, then cut to the box."""
+        if not math.isfinite(self.eps):
+            raise UsageError(f"{type(self).__name__}(eps={self.eps}) has no uniform start; give a finite radius.")
+        return self._random(images, generator)
+
+    @abstractmethod
+    def _random(self, images: Tensor, generator: torch.Generator | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,8 @@ class Linf(Threat):
         low, high = (images - self.eps).clamp_(min=0), (images + self.eps).clamp_(max=1)
         return torch.minimum(torch.maximum(candidates, low), high)
 
-    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        noise = blank(images, generator).uniform_(-self.eps, self.eps, generator=generator).to(images.device)
-        return (images + noise).clamp_(0, 1)
+    def _random(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        return (images + uniform(images, generator, -self.eps, self.eps)).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,15 @@ class L2(Threat):
         return gradient / _per_sample(self.size(gradient).clamp(min=1e-12), gradient)
 
     def project(self, candidates: Tensor, images: Tensor) -> Tensor:
+        if math.isinf(self.eps):
+            return candidates.clamp(0, 1)
         delta = candidates - images
         scale = (self.eps / self.size(delta).clamp(min=1e-12)).clamp(max=1)
         return (images + delta * _per_sample(scale, delta)).clamp_(0, 1)
 
-    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        direction = blank(images, generator).normal_(generator=generator).to(images.device)
-        radius = self.eps * _uniform(images, generator) ** (1 / images[0].numel())
+    def _random(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        direction = normal(images, generator)
+        radius = self.eps * uniform(images[:, 0, 0, 0], generator) ** (1 / images[0].numel())
         return (images + direction * _per_sample(radius / self.size(direction), images)).clamp_(0, 1)
 
 
@@ -119,6 +127,8 @@ class L1(Threat):
         return torch.zeros_like(flat).scatter_(1, best, flat.gather(1, best).sign()).view_as(gradient)
 
     def project(self, candidates: Tensor, images: Tensor) -> Tensor:
+        if math.isinf(self.eps):
+            return candidates.clamp(0, 1)
         delta, low, high = (t.flatten(1) for t in (candidates - images, -images, 1 - images))
 
         def shrunk(threshold: Tensor) -> Tensor:
@@ -128,27 +138,44 @@ class L1(Threat):
         threshold = _bisect(lambda t: self.size(shrunk(t)) > self.eps, delta.abs().amax(dim=1))
         return (images + shrunk(threshold).view_as(images)).clamp_(0, 1)
 
-    def random(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def _random(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         # Exponential variables divided by the sum of themselves and one more are uniform in the simplex's interior.
-        parts = blank(images, generator).exponential_(generator=generator).to(images.device)
-        rest = -torch.log1p(-_uniform(images, generator).clamp(max=1 - 1e-7))
-        signs = blank(images, generator).uniform_(-1, 1, generator=generator).sign().to(images.device)
+        parts = -torch.log1p(-uniform(images, generator).clamp(max=1 - 1e-7))
+        rest = -torch.log1p(-uniform(images[:, 0, 0, 0], generator).clamp(max=1 - 1e-7))
+        signs = uniform(images, generator, -1, 1).sign()
         return (images + self.eps * signs * parts / _per_sample(self.size(parts) + rest, parts)).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class L0(Threat):
+    """At most `eps` of the C * H * W values change, each by any amount.
+
+    It measures and projects (the largest changes are kept); `steepest` moves the one most promising value.
+    """
+
+    def size(self, delta: Tensor) -> Tensor:
+        return (delta.flatten(1) != 0).sum(dim=1).to(delta.dtype)
+
+    def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
+        return L1(self.eps).steepest(gradient, at)
+
+    def project(self, candidates: Tensor, images: Tensor) -> Tensor:
+        inside = candidates.clamp(0, 1)
+        delta = (inside - images).flatten(1)
+        if self.eps >= delta.shape[1]:
+            return inside
+        kept = delta.abs().topk(int(self.eps), dim=1).indices
+        mask = torch.zeros_like(delta, dtype=torch.bool).scatter_(1, kept, True)
+        return torch.where(mask.view_as(images), inside, images)
+
+    def _random(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.project(uniform(images, generator), images)
 
 
 def _movable(gradient: Tensor, at: Tensor) -> Tensor:
     """The gradient without the components that would only push a saturated pixel out of the box."""
     stuck = ((at <= 0) & (gradient < 0)) | ((at >= 1) & (gradient > 0))
     return gradient.masked_fill(stuck, 0)
-
-
-def _uniform(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    return blank(images[:, 0, 0, 0], generator).uniform_(0, 1, generator=generator).to(images.device)
-
-
-def blank(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """An empty tensor of the same shape and type where the generator can fill it."""
-    return torch.empty(like.shape, dtype=like.dtype, device=generator.device if generator else like.device)
 
 
 def _bisect(too_small: Callable[[Tensor], Tensor], high: Tensor, rounds: int = 40) -> Tensor:
@@ -162,11 +189,11 @@ def _bisect(too_small: Callable[[Tensor], Tensor], high: Tensor, rounds: int = 4
     return torch.where(outside, high, torch.zeros_like(high))
 
 
-THREATS: dict[str, type[Threat]] = {"Linf": Linf, "L2": L2, "L1": L1}
+THREATS: dict[str, type[Threat]] = {"Linf": Linf, "L2": L2, "L1": L1, "L0": L0}
 
 
 def make_threat(norm: str, eps: float) -> Threat:
-    """The threat `norm` ("Linf", "L2", "L1") of radius `eps`.
+    """The threat `norm` ("Linf", "L2", "L1", "L0") of radius `eps`.
 
     Raises:
         UsageError: unknown norm, or a radius out of range.

@@ -54,6 +54,7 @@ def evaluate(
     """
     plugins(plugin)
     attacks, overrides = attacks_of(attack, set_)
+    from overproof.report.words import evaluation_text
     from overproof.run.judging import evaluate_model, evaluate_run
 
     options: dict[str, Any] = {"attacks": attacks, "curve": curve, "data": data, "split": split, "limit": limit, "seed": seed}
@@ -72,24 +73,7 @@ def evaluate(
         raise UsageError(
             "Name a run folder, or a model and data: overproof evaluate --model timm:NAME --weights FILE --data NAME."
         )
-    show(result.summary, json_, _evaluation_text(result.summary) + (f"\n  kept: {kept}" if kept else ""))
-
-
-def _evaluation_text(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['samples']} images, clean accuracy {summary['clean']:.2%}"]
-    for name, facts in summary["attacks"].items():
-        lines.append(
-            f"  {name:24} {facts['threat']}({facts['eps']:.5g})  robust accuracy {facts['robust']:.2%}  {facts['seconds']:.1f} s"
-        )
-    if summary["worst_case"] is not None:
-        lines.append(f"  {'worst case':24} robust accuracy {summary['worst_case']:.2%}")
-    if summary["curve"]:
-        pairs = zip(summary["curve"]["eps"], summary["curve"]["robust"], strict=True)
-        lines.append("  curve: " + "  ".join(f"{eps:.4g}: {robust:.2%}" for eps, robust in pairs))
-    if summary["agreement"]:
-        lines.append(f"  agreement with the teacher {summary['agreement']['clean']:.2%}")
-    lines.append(f"  ECE {summary['ece']:.4f}  NLL {summary['nll']:.4f}  {summary['parameters']:,} parameters")
-    return "\n".join(lines + [f"  warning: {text}" for text in summary["warnings"]])
+    show(result.summary, json_, evaluation_text(result.summary) + (f"\n  kept: {kept}" if kept else ""))
 
 
 def report(
