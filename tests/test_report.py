@@ -16,6 +16,7 @@ import pytest
 from overproof.errors import FolderError, UnknownNameError, UsageError
 from overproof.folder import write_arrays, write_json, write_toml
 from overproof.report import group_by_seed, summarise, text_table, write_report
+from overproof.report.words import evaluation_text
 
 HOSTILE = "<script>alert('x')</script>\"'&$x_1$"
 
@@ -320,6 +321,108 @@ def test_hostile_names_come_out_harmless(tmp_path):
     assert source.count("<script") == 1
     text = text_table(summarise([run, second]))
     assert "\x1b" not in text
+
+
+def sanity(suspected: bool) -> dict:
+    checks = [
+        {"name": "gradients", "passed": not suspected, "value": 128 * suspected, "limit": 3, "text": "Gradients are <blind>."},
+        {"name": "black box", "passed": True, "value": 1, "limit": 3, "text": "Nothing to see."},
+    ]
+    return {"suspected": suspected, "samples": 128, "threat": "Linf", "eps": 0.15, "checks": checks, "seconds": 4.5}
+
+
+def judged(folder: Path, suspected: bool, **about) -> Path:
+    """A run whose evaluation has everything: the sanity panel, an attack of many members, one without radius, sizes, passes."""
+    run = make_run(folder, **about)
+    path = run / "evaluations" / "test.json"
+    summary = json.loads(path.read_text())
+    work = {"forward": 26000, "backward": 13000, "forward_per_image": 26.8, "backward_per_image": 13.4}
+    confusion = [[3 * (j == (i + 1) % 10) for j in range(10)] for i in range(10)]
+    summary["attacks"]["pgd-20"] |= {"passes": work, "confusion": confusion, "interval": [0.52, 0.58]}
+    members = {"apgd-ce": {"broken": 300, "attacked": 970}, "square": 7}
+    summary["attacks"]["fgsm"] |= {"members": members, "no_gradient": True}
+    sizes = {"median": 0.4321, "q10": 0.11, "q90": 0.99, "found": 960}
+    least = {"attack": "DDN()", "threat": "L2", "eps": None, "robust": 0.0, "success_denominator": 970, "seconds": 1.0}
+    summary["attacks"]["ddn"] = {**least, "sizes": sizes}
+    write_json(path, {**summary, "clean_interval": [0.95, 0.98], "sanity": sanity(suspected)})
+    around = np.linspace(-0.3, 0.3, 25)
+    size = np.abs(around[:, None]) + np.abs(around)
+    surface = {"surface": np.stack([size - k for k in range(1, 5)]), "surface_size": np.stack([size] * 4)}
+    surface |= {"surface_radius": around, "surface_label": np.arange(4)}
+    write_arrays(run / "evaluations" / "test-gallery.npz", {**gallery(np.random.default_rng(0), 1), **surface})
+    return run
+
+
+def test_masked_gradients_are_marked_everywhere(tmp_path):
+    masked, honest = judged(tmp_path / "masked", True, robust=0.9, method="m"), judged(tmp_path / "honest", False, robust=0.5)
+    poor = judged(tmp_path / "poor", False, robust=0.4)
+    source = page(write_report([masked, honest, poor])).source
+    assert "90.0 ± 0.9, masked gradients suspected" in source
+    assert re.search(r'masked: <span class="suspect">masked gradients suspected', source)
+    assert source.count("masked gradients suspected") < 10
+    best = re.findall(r'class="number best"[^>]*>([^<]*)<', source)
+    assert "50.0 ± 1.6" in best
+    assert not any(text.startswith("90.0") for text in best)
+    assert "Gradients are &lt;blind&gt;." in source
+    assert "Hollow: masked gradients suspected." in source
+    rows = summarise([masked, honest])
+    assert [row["suspected"] for row in rows] == [True, False]
+    text = text_table(group_by_seed(rows))
+    assert "masked gradients suspected" in text
+    assert "Masked gradients suspected (?) for: masked." in text
+
+
+def test_what_attacks_say_of_themselves(tmp_path):
+    source = page(write_report([judged(tmp_path / "run", False)])).source
+    assert "worst case over: pgd-20, fgsm)" in source  # an attack without radius has no part in it
+    for fact in ("0.4321 (0.11 to 0.99)", "26.8 + 13.4", "broken by apgd-ce: 300, square: 7", "no gradient", "ddn size"):
+        assert fact in source
+    assert "pgd-20: 30 images broken." in source
+    assert source.count("Margin around an image of") == 4
+    drawings = re.findall(r'<svg viewBox="[\d. ]+" role="img".*?</svg>', source, re.DOTALL)
+    fields = [drawing for drawing in drawings if "Margin around" in drawing or "Which class became" in drawing]
+    assert len(fields) == 5
+    for drawing in fields:
+        assert len(drawing) < 25_000
+        assert not re.search(r"(fill|stroke): #", drawing)
+        assert "data:image/png;base64," in drawing
+
+
+def test_damaged_fields_are_left_out(tmp_path):
+    run = judged(tmp_path / "run", False)
+    path = run / "evaluations" / "test.json"
+    summary = json.loads(path.read_text())
+    summary["attacks"]["pgd-20"] |= {"confusion": [[1, 2], [3]], "passes": 7, "sizes": "large", "members": [1], "interval": [0]}
+    write_json(path, {**summary, "sanity": {"checks": ["bad", {"name": 3}], "eps": "x", "suspected": "perhaps"}})
+    odd = {"surface": np.zeros((4, 3, 3)), "surface_size": np.zeros((4, 2, 2)), "surface_radius": np.zeros(3)}
+    write_arrays(run / "evaluations" / "test-gallery.npz", {**odd, "surface_label": np.zeros(4)})
+    source = page(write_report([run])).source
+    assert "the loss surface of &#39;test&#39; cannot be drawn" in source
+    assert "Which class became" not in source
+    assert "masked gradients suspected" in source  # a check that does not say it passed has not
+
+
+def test_an_evaluation_in_words(tmp_path):
+    run = judged(tmp_path / "run", True)
+    summary = json.loads((run / "evaluations" / "test.json").read_text())
+    text = evaluation_text(summary)
+    assert "clean accuracy 97.00% [95.0, 98.0]" in text
+    assert re.search(r"pgd-20 +Linf\(0.15\)  robust accuracy 55.00% \[52.0, 58.0\]  26.8 \+ 13.4 passes an image", text)
+    assert re.search(r"ddn +L2  median size 0.4321, 80 % from 0.11 to 0.99, 960 of 970 broken", text)
+    assert "broken by: apgd-ce 300, square 7" in text
+    assert "NO GRADIENT" in text
+    assert "MASKED GRADIENTS SUSPECTED" in text
+    assert "failed: gradients. Gradients are <blind>." in text
+    assert "black box 1/3" in text
+    calm = evaluation_text({**summary, "sanity": sanity(False)})
+    assert "no masked gradients seen" in calm
+    assert "SUSPECTED" not in calm
+    old = evaluation_text(evaluation(0.9, 0.5, ["a", "b"], ("pgd",)))
+    assert "sanity" not in old
+    assert "clean accuracy 90.00%\n" in old
+    bare = {"threat": "L2", "eps": None, "sizes": {"median": None, "found": 0}, "success_denominator": 9, "seconds": 1}
+    blind = evaluation_text({**summary, "attacks": {"ddn": bare}})
+    assert "L2  median size infinite, 0 of 9 broken" in blind
 
 
 def test_no_torch(tmp_path):

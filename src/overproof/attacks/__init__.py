@@ -4,49 +4,65 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from overproof.registry import Registry
+from overproof.attacks.catalogue import ATTACKS
 
 if TYPE_CHECKING:
+    from overproof.attacks.apgd import APGD
     from overproof.attacks.ascent import ascend
+    from overproof.attacks.autoattack import AutoAttack
     from overproof.attacks.base import Attack, predictions
+    from overproof.attacks.bim import BIM
+    from overproof.attacks.bpda import BPDA
+    from overproof.attacks.carlini_wagner import CarliniWagner
+    from overproof.attacks.combined import WorstCase
+    from overproof.attacks.ddn import DDN
+    from overproof.attacks.deepfool import DeepFool
+    from overproof.attacks.eot import EOT
+    from overproof.attacks.fab import FAB
     from overproof.attacks.fgsm import FGSM
+    from overproof.attacks.fmn import FMN
+    from overproof.attacks.hop_skip_jump import HopSkipJump
+    from overproof.attacks.mifgsm import MIFGSM
+    from overproof.attacks.noise import Noise
     from overproof.attacks.pgd import PGD
-    from overproof.attacks.threats import L1, L2, Linf, Threat, make_threat
-
-ATTACKS = Registry("attack", "overproof.attacks")
-
-ATTACKS.add(
-    "fgsm",
-    "overproof.attacks.fgsm:FGSM",
-    summary="One step along the sign of the gradient, optionally from a random start.",
-    paper="Goodfellow, Shlens, Szegedy: Explaining and Harnessing Adversarial Examples, ICLR 2015",
-    url="https://arxiv.org/abs/1412.6572",
-    tags=("white-box", "gradient", "single-step"),
-)
-ATTACKS.add(
-    "pgd",
-    "overproof.attacks.pgd:PGD",
-    summary="Projected gradient ascent with random starts, early exit per image and restarts; also targeted.",
-    paper="Madry, Makelov, Schmidt, Tsipras, Vladu: Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018",
-    url="https://arxiv.org/abs/1706.06083",
-    tags=("white-box", "gradient", "iterative"),
-)
+    from overproof.attacks.square import Square
+    from overproof.attacks.threats import L0, L1, L2, Linf, Threat, make_threat
+    from overproof.attacks.transfer import Transfer
 
 _HOMES = {
-    "ascend": "ascent",
+    "APGD": "apgd",
     "Attack": "base",
-    "predictions": "base",
+    "AutoAttack": "autoattack",
+    "BIM": "bim",
+    "BPDA": "bpda",
+    "CarliniWagner": "carlini_wagner",
+    "DDN": "ddn",
+    "DeepFool": "deepfool",
+    "EOT": "eot",
+    "FAB": "fab",
     "FGSM": "fgsm",
-    "PGD": "pgd",
-    "Linf": "threats",
-    "L2": "threats",
+    "FMN": "fmn",
+    "HopSkipJump": "hop_skip_jump",
+    "L0": "threats",
     "L1": "threats",
+    "L2": "threats",
+    "Linf": "threats",
+    "MIFGSM": "mifgsm",
+    "Noise": "noise",
+    "PGD": "pgd",
+    "Square": "square",
     "Threat": "threats",
+    "Transfer": "transfer",
+    "WorstCase": "combined",
+    "ascend": "ascent",
     "make_threat": "threats",
+    "predictions": "base",
 }
 
 __all__ = [
-    "ATTACKS", "FGSM", "L1", "L2", "PGD", "Attack", "Linf", "Threat", "ascend", "make_threat", "predictions",
+    "APGD", "ATTACKS", "BIM", "BPDA", "DDN", "EOT", "FAB", "FGSM", "FMN", "L0", "L1", "L2", "MIFGSM", "PGD", "Attack", "AutoAttack",
+    "CarliniWagner", "DeepFool", "HopSkipJump", "Linf", "Noise", "Square", "Threat", "Transfer", "WorstCase", "ascend",
+    "make_threat", "predictions",
 ]  # fmt: skip
 
 

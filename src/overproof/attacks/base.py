@@ -46,7 +46,12 @@ class BudgetAttack:
         eps: radius in pixel units (8/255 is eight grey levels), at least 0.
         norm: "Linf", "L2" or "L1".
         targeted: labels are classes to be reached.
+
+    Attributes:
+        logits_only: the attack never looks inside the model, so that a cheaper copy that computes the same may be attacked.
     """
+
+    logits_only: ClassVar[bool] = False
 
     eps: float = 8 / 255
     norm: Norm = "Linf"
@@ -78,6 +83,7 @@ class MinimumNormAttack:
         UsageError: a norm that the attack does not know.
     """
 
+    logits_only: ClassVar[bool] = False
     norms: ClassVar[tuple[AnyNorm, ...]] = ("Linf", "L2", "L1", "L0")
 
     eps: float = math.inf

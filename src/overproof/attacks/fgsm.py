@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class FGSM(BudgetAttack):
     Differences from the paper: none with the defaults; `random_start` and norms other than Linf are common additions.
     """
 
+    logits_only: ClassVar[bool] = True
+
     random_start: bool = False
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -40,4 +43,6 @@ class FGSM(BudgetAttack):
 
         start: Start = "uniform" if self.random_start else "image"
         with in_mode(model):
-            return ascend(loss, images, self.threat, steps=1, step_size=self.eps, start=start, generator=Streams.of(generator, images))
+            return ascend(
+                loss, images, self.threat, steps=1, step_size=self.eps, start=start, generator=Streams.of(generator, images)
+            )

@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from overproof.attacks.ascent import ascend
 from overproof.attacks.base import BudgetAttack, logits_of, predictions, won
+from overproof.attacks.objectives import AttackLoss, attack_value, check_loss, departure
 from overproof.attacks.randomness import Streams
 from overproof.errors import UsageError
-from overproof.losses.divergences import cross_entropy
 from overproof.networks import in_mode
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(BudgetAttack):
-    """Projected steepest ascent of the cross-entropy from a random start.
+    """Projected steepest ascent of a loss from a random start.
 
-    x <- project(x + step_size * steepest(grad CE(f(x), y))), `steps` times.
+    x <- project(x + step_size * steepest(grad L(f(x), y))), `steps` times.
 
     Args:
         eps, norm, targeted: see `BudgetAttack`.
+        loss: L; "ce" cross-entropy, "margin" best other logit minus the label's, "dlr" that margin divided by the spread of
+            the largest logits. Towards a target, "ce" and "margin" change their sign and "dlr" is the difference of the
+            target's logit and that of the class predicted on the untouched image, divided likewise.
         steps: gradient steps per start, at least 1.
         step_size: pixel units; None means eps / 4 (2/255 at 8/255).
         random_start: begin at a uniform point of the ball instead of the image.
         restarts: number of starts; later ones only for images that still hold, at least 1.
-        early_stop: an image is left alone as soon as it is misclassified (a target: reached). The verdict can only get
-            stronger, since any point on the path counts, and the batch shrinks.
+        early_stop: an image is left alone as soon as it is misclassified (a target: reached), untouched if it is so from the
+            beginning. The verdict can only get stronger, since any point on the path counts, and the batch shrinks.
 
     Raises:
-        UsageError: steps or restarts below 1.
+        UsageError: steps or restarts below 1, or an unknown loss.
 
-    Reference: Madry et al., ICLR 2018, arXiv 1706.06083.
+    Reference: Madry et al., ICLR 2018, arXiv 1706.06083; margin: Carlini and Wagner, S&P 2017, arXiv 1608.04644; dlr: Croce
+    and Hein, ICML 2020, arXiv 2003.01690.
 
     Differences from the paper: `early_stop` (off reproduces the paper's last iterate).
     """
 
+    logits_only: ClassVar[bool] = True
+
+    loss: AttackLoss = "ce"
     steps: int = 20
     step_size: float | None = None
     random_start: bool = True
@@ -46,27 +54,30 @@ class PGD(BudgetAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_loss(self, self.loss)
         if self.steps < 1 or self.restarts < 1:
             raise UsageError(f"PGD(steps={self.steps}, restarts={self.restarts}): both must be at least 1.")
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images."""
-        streams = Streams.of(generator, images)
+        streams, found = Streams.of(generator, images), images.clone()
+        holds = torch.ones_like(labels, dtype=torch.bool)
         with in_mode(model):
-            found = self._once(model, images, labels, streams)
-            for restart in range(1, self.restarts):
-                holds = ~won(predictions(model, found), labels, self.targeted)
+            for restart in range(self.restarts):
+                # Without a random start the first step looks at the images themselves anyway.
+                if restart > 0 or (self.early_stop and self.random_start):
+                    holds = ~won(predictions(model, found), labels, self.targeted)
                 if not bool(holds.any()):
                     break
                 found[holds] = self._once(model, images[holds], labels[holds], streams.fork(restart).rows(holds))
         return found
 
-    def _once(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        sign = -1.0 if self.targeted else 1.0
+    def _once(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        leave = departure(self.loss, model, images, labels, self.targeted)
 
         def loss(x: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             logits = logits_of(model, x)
-            values = sign * cross_entropy(logits, labels[rows])
+            values = attack_value(self.loss, logits, labels[rows], None if leave is None else leave[rows])
             return (values, won(logits.detach().argmax(dim=1), labels[rows], self.targeted)) if self.early_stop else values
 
         return ascend(

@@ -28,7 +28,7 @@ class Streams(torch.Generator):
     """
 
     def __new__(cls, keys: Tensor, draws: int = 0) -> Streams:
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
     def __init__(self, keys: Tensor, draws: int = 0) -> None:
         self.keys, self.draws = keys.long(), draws
@@ -91,7 +91,8 @@ def normal(like: Tensor, generator: torch.Generator | None, std: float = 1.0) ->
     """Gaussian numbers with the shape, type and device of `like` (N, ...)."""
     if isinstance(generator, Streams):
         unit = (generator.bits(like.shape[1:], like.device).double() + 0.5) / 2**23
-        return (std * torch.special.ndtri(unit)).to(like.dtype)
+        bell: Tensor = torch.special.ndtri(unit)
+        return bell.mul_(std).to(like.dtype)
     return _blank(like, generator).normal_(0, std, generator=generator).to(like.device)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from overproof.cli.options import Json, Names, Plugin, Set, Trust, attacks_of, plugins, show
+from overproof.cli.options import Json, Names, Plugin, Set, Trust, attacks_of, devices_of, plugins, show
 from overproof.errors import UsageError
 
 
@@ -16,6 +16,8 @@ def evaluate(
     run: Path | None = None,
     *,
     attack: Names = (),
+    eps: str | None = None,
+    norm: Literal["Linf", "L2", "L1", "L0"] | None = None,
     curve: str = "",
     data: str | None = None,
     split: Literal["train", "validation", "test"] = "test",
@@ -23,7 +25,12 @@ def evaluate(
     which: Literal["best", "last"] = "best",
     model: str | None = None,
     weights: Path | None = None,
+    mean: str = "",
+    std: str = "",
     teacher: Path | None = None,
+    transfer_from: Path | None = None,
+    sanity: int = 128,
+    devices: str | None = None,
     name: str | None = None,
     seed: int = 0,
     set_: Set = (),
@@ -38,7 +45,11 @@ def evaluate(
     run
         A run folder; the evaluation is kept in it.
     attack
-        NAME[:key=value,...]; repeatable. --set attack.eps=8/255 applies to all.
+        NAME[:key=value,...]; repeatable. --set attack.steps=40 applies to all.
+    eps
+        Radius for all attacks that have one, such as 8/255.
+    norm
+        Norm for all attacks that have a choice.
     curve
         Comma-separated radii for a robustness curve of the first attack, such as 0,2/255,4/255,8/255.
     data
@@ -46,34 +57,67 @@ def evaluate(
     limit
         Use only so many images, the classes in proportion.
     model
-        Instead of a run: a model by name; with --weights FILE (safetensors or a state dict of plain tensors).
+        Instead of a run: a registered name, timm:NAME, torchvision:NAME or package.module:callable; with --weights FILE
+        (safetensors or a state dict of plain tensors).
+    mean, std
+        With --model: the normalisation of its images, a number or one per channel, such as 0.49,0.48,0.45.
     teacher
         A run folder, for the agreement with it.
+    transfer_from
+        A run folder: the first attack is also crafted on that model and tried on this one.
+    sanity
+        Images on which the sanity panel looks for masked gradients; 0 for none.
+    devices
+        Processes that share the work, one per device (without torchrun).
     name
         Under which the evaluation is kept; made from the attacks if absent.
     """
     plugins(plugin)
     attacks, overrides = attacks_of(attack, set_)
-    from overproof.report.words import evaluation_text
-    from overproof.run.judging import evaluate_model, evaluate_run
-
+    attacks = _under(attacks, eps, norm)
+    overrides += [
+        f"model.{key}=" + (f"[{text}]" if "," in text else text) for key, text in (("mean", mean), ("std", std)) if text
+    ]
     options: dict[str, Any] = {"attacks": attacks, "curve": curve, "data": data, "split": split, "limit": limit, "seed": seed}
-    options |= {"teacher": teacher, "overrides": overrides}
+    options |= {"teacher": teacher, "overrides": overrides, "sanity": sanity, "transfer_from": transfer_from}
+    if run is not None and (mean or std):
+        raise UsageError("--mean and --std belong to --model; a run brings its own normalisation.")
     if run is not None and (model is not None or weights is not None):
         raise UsageError("Name either a run folder or --model with --weights, not both.")
     if run is None and (name is not None or which != "best"):
         raise UsageError("--name and --which belong to a run folder.")
-    kept: Path | None = None
-    if run is not None:
-        result = evaluate_run(run, which=which, name=name, trusted=trust, **options)
-        kept = run / "evaluations" / f"{result.summary['name']}.json"
-    elif model is not None and data is not None:
-        result = evaluate_model(model, weights, **options)
-    else:
+    if run is None and (model is None or data is None):
         raise UsageError(
             "Name a run folder, or a model and data: overproof evaluate --model timm:NAME --weights FILE --data NAME."
         )
-    show(result.summary, json_, evaluation_text(result.summary) + (f"\n  kept: {kept}" if kept else ""))
+    from overproof.report.words import evaluation_text
+    from overproof.run.judging import evaluate_model, evaluate_run
+    from overproof.run.launch import processes
+
+    kept = ""
+    with processes(devices_of(devices)):
+        if run is not None:
+            result = evaluate_run(run, which=which, name=name, trusted=trust, **options)
+            kept = f"\n  kept: {run / 'evaluations' / result.summary['name']}.json"
+        else:
+            result = evaluate_model(str(model), weights, **options)
+    show(result.summary, json_, evaluation_text(result.summary) + kept)
+
+
+def _under(attacks: dict[str, dict[str, Any]], eps: str | None, norm: str | None) -> dict[str, dict[str, Any]]:
+    """The attacks with a common radius and norm, where they have such options and were not given their own."""
+    from overproof.attacks import ATTACKS
+    from overproof.registry import convert
+
+    common = {} if eps is None else {"eps": convert(eps, float, "--eps")}
+    common |= {} if norm is None else {"norm": norm}
+    if common and not attacks:
+        raise UsageError("--eps and --norm need an --attack to belong to, for example --attack pgd.")
+    known = {name: ATTACKS.get(options["attack"]).options() for name, options in attacks.items()} if common else {}
+    return {
+        name: {**{key: value for key, value in common.items() if key in known[name]}, **options}
+        for name, options in attacks.items()
+    }
 
 
 def report(

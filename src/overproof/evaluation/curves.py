@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from overproof.attacks.base import Attack
+from overproof.attacks.threats import Linf
 from overproof.errors import UsageError
 
 
@@ -20,7 +22,13 @@ def check_curve(curve: Sequence[float], attacks: Mapping[str, Attack]) -> tuple[
             "A robustness curve needs an attack to vary: name one (--attack pgd, or attacks={'pgd': PGD()} in Python)."
         )
     for eps in curve:
-        with_radius(next(iter(attacks.values())), eps)
+        first = next(iter(attacks.values()))
+        if not 0 <= eps < math.inf:
+            raise UsageError(f"The robustness curve asks for the radius {eps}; give finite numbers of at least 0.")
+        if not math.isinf(first.threat.eps):
+            members_at(first, eps)
+        elif isinstance(first.threat, Linf):
+            replace(first.threat, eps=eps)
     return tuple(sorted(set(curve)))
 
 
@@ -38,3 +46,27 @@ def with_radius(attack: Attack, eps: float) -> Attack:
     except TypeError:
         raise UsageError(f"{attack!r} has no radius `eps` to vary; a curve needs such an attack.") from None
     return changed
+
+
+def members_of(attack: Attack) -> dict[str, Attack]:
+    """The parts of a combination, by name and in order, those of parts included; an attack without parts is its own, "" ."""
+    parts = getattr(attack, "members", None)
+    if not isinstance(parts, Mapping) or not parts:
+        return {"": attack}
+    deep = ((name, inner, part) for name, member in parts.items() for inner, part in members_of(member).items())
+    return {f"{name}/{inner}" if inner else str(name): part for name, inner, part in deep}
+
+
+def members_at(attack: Attack, eps: float) -> dict[str, Attack]:
+    """The parts of `attack`, each with the radius `eps`.
+
+    Raises:
+        UsageError: a part has no radius, or this one is out of range.
+    """
+    try:
+        return members_of(with_radius(attack, eps))
+    except UsageError:
+        parts = members_of(attack)
+        if "" in parts:
+            raise
+        return {name: with_radius(part, eps) for name, part in parts.items()}

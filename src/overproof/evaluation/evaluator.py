@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from overproof import console
 from overproof.attacks import ATTACKS
 from overproof.attacks.base import Attack
-from overproof.data import load_data, make_loader
+from overproof.attacks.threats import L1, L2, Linf, Threat
+from overproof.data import ImageSet, load_data
 from overproof.errors import DataError, UsageError
 from overproof.evaluation.curves import check_curve
-from overproof.evaluation.judge import Judge
+from overproof.evaluation.findings import Findings
+from overproof.evaluation.judge import Changed, Judge
+from overproof.evaluation.partial import Partial, fingerprint
+from overproof.evaluation.plan import Plan
 from overproof.evaluation.records import Evaluation
+from overproof.evaluation.sharing import Group, Share
+from overproof.evaluation.summary import conclude, running
 from overproof.networks import device_of, in_mode, on_device
 
 
@@ -31,49 +38,127 @@ def evaluate(
     seed: int = 0,
     device: torch.device | str | None = None,
     classes: Sequence[str] = (),
+    sanity: int = 128,
+    resume: str | Path | None = None,
 ) -> Evaluation:
     """Measure clean and robust accuracy, agreement, calibration and cost of `model` in fp32.
 
     An image is robust if it is classified correctly both untouched and attacked; the worst case asks this for all attacks
-    at once, image by image. Images that are wrong already are not attacked.
+    with a radius at once, image by image. Images that are wrong already are not attacked, and those that one member of a
+    combined attack has broken are not handed to the next. Where `torch.distributed` runs, all its processes have to call:
+    each judges a part, and all return the same.
 
     Args:
         model: images in [0, 1] -> logits (N, K). Its modes, parameters and buffers stay as they are.
         data: a registered name (its test part), an `ImageSet`, a Dataset of (image, label), a pair of tensors, or an iterable of (images, labels).
         attacks: by name: attack values, or options with the key "attack"; or a sequence of registered names.
         curve: radii for which the first attack is repeated; an image broken at a smaller radius counts as broken at every
-            larger one and is not attacked again.
+            larger one and is not attacked again. The curve of a minimum-norm attack is read off its sizes.
         teacher: for agreement: share of images on which both predict the same class.
-        batch_size: images per step. Random starts are drawn per batch, so it belongs to the seed.
-        seed: of the attacks' randomness.
+        batch_size: images per step. The verdicts do not depend on it.
+        seed: of the attacks' randomness, which is drawn per image.
         device: where to run, the model's own device if None; model and teacher are moved there for the call.
         classes: class names for the record; taken from `data` when it knows them.
+        sanity: on so many images, right untouched, the sanity panel looks for masked gradients if there is an attack with a
+            radius; 0 switches it off.
+        resume: a file that keeps what is known (written every 20 seconds, and when the evaluation is interrupted), so that the
+            same call goes on from there; it stays when all is done, to be removed when the result is kept.
 
     Raises:
         DataError: empty data, bad pixels or labels, or a model that does not return (N, K).
         UsageError: an unknown attack or option.
     """
-    started = time.perf_counter()
     attacks = make_attacks(attacks)
-    curve = check_curve(curve, attacks)
+    plan = Plan(attacks, check_curve(curve, attacks), seed)
     device = torch.device(device) if device is not None else device_of(model)
-    data = load_data(data).test if isinstance(data, str) else data
-    loader = make_loader(data, batch_size, device=device)
-    judge = Judge(model, attacks, curve, teacher, seed)
+    data, group = _images(data), Group.current()
+    partial = Partial(resume, fingerprint(model, data, plan, teacher, group) if resume is not None else "", group)
     with (
-        torch.random.fork_rng(devices=[]),  # a loader's order may draw from the global generator
+        # A loader's order may draw from the global generator, and so may the model.
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         on_device(model, device),
         on_device(teacher, device),
         in_mode(model),
-        console.bar("evaluating", len(loader) if hasattr(loader, "__len__") else 0) as bar,
+        group.speaking(),
     ):
-        for number, batch in enumerate(loader.batches(0)):
-            judge.see(batch.to(device), number)
-            bar.update(number + 1, images=judge.seen, **judge.so_far())
-        if not judge.seen:
+        judge = Judge(model, plan, partial, teacher=teacher, batch_size=batch_size, keep=sanity if _ball(plan) else 0)
+        share = Share(data, batch_size, device, group)
+        packs = group.everyone(lambda: _judged(judge, share).pack())
+        found = Findings.merged(judge.columns, [Findings.unpack(judge.columns, pack) for pack in packs])
+        if not found.count:
             raise DataError("There is nothing to evaluate: the data holds no image.")
-        names = tuple(classes) or tuple(getattr(data, "classes", ())) or tuple(map(str, range(judge.classes)))
-        return judge.conclude(names, time.perf_counter() - started)
+        known = tuple(classes) or tuple(getattr(data, "classes", ()))
+        names = known or tuple(map(str, range(int(found.facts["classes"]))))
+        examples = _examples(judge, found, group)
+        return group.first(lambda: _with_panel(_concluded(judge, found, names), judge, examples))
+
+
+def _images(data: Any) -> Any:
+    if isinstance(data, str):
+        return load_data(data).test
+    pair = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    return ImageSet(*data) if pair else data
+
+
+def _judged(judge: Judge, share: Share) -> Findings:
+    judge.begin(judge.partial.load(judge.columns))
+    try:
+        return _walked(judge, share)
+    except Changed:
+        console.note("note: these are not the images that the unfinished evaluation began with; starting anew.")
+    judge.begin(Findings(judge.columns))
+    return _walked(judge, share)
+
+
+def _walked(judge: Judge, share: Share) -> Findings:
+    number = 0
+    with judge.partial.kept(judge.write), console.bar("evaluating", len(share)) as bar:
+
+        def tell() -> None:
+            done = number * (1 - judge.pending / max(judge.seen, 1))
+            bar.update(int(done), images=judge.seen, **running(judge.found, judge.plan, judge.seen))
+
+        for rows, batch in share:
+            judge.see(rows, batch)
+            number += 1
+            tell()
+        judge.finish(tell)
+    return judge.found
+
+
+def _examples(judge: Judge, found: Findings, group: Group) -> list[tuple[Tensor, Tensor]]:
+    """The first images that are right untouched, with their labels, whichever process has them."""
+    rows = found["_row"][found["prediction"] == found["label"]][: judge.keep].tolist()
+    if group.size == 1:
+        return [judge.kept[row] for row in rows]
+    mine = {row: tuple(part.cpu() for part in judge.kept[row]) for row in rows if row in judge.kept}
+    everyone: dict[int, Any] = {row: pair for part in group.everyone(lambda: mine) for row, pair in part.items()}
+    return [everyone[row] for row in rows]
+
+
+def _concluded(judge: Judge, found: Findings, classes: tuple[str, ...]) -> Evaluation:
+    assert judge.image is not None, "the first process has the first image"
+    return conclude(judge.model, found, judge.plan, classes, judge.image)
+
+
+def _ball(plan: Plan) -> Threat | None:
+    """The threat of the first attack with a radius: that of the sanity panel."""
+    threats = (plan.attacks[name].threat for name in plan.bounded)
+    return next((threat for threat in threats if isinstance(threat, Linf | L2 | L1) and threat.eps > 0), None)
+
+
+def _with_panel(done: Evaluation, judge: Judge, examples: list[tuple[Tensor, Tensor]]) -> Evaluation:
+    threat = _ball(judge.plan)
+    if threat is None or not examples or judge.image is None:
+        return done
+    from overproof.evaluation.sanity import panel
+
+    begun, place = time.perf_counter(), judge.image.device
+    images, labels = (torch.stack(parts).to(place) for parts in zip(*examples, strict=True))
+    console.note(f"looking for masked gradients on {len(labels)} images")
+    found = panel(judge.model, images, labels, threat, seed=judge.plan.seed)
+    summary = {"seconds": time.perf_counter() - begun, **found.summary}
+    return Evaluation({**done.summary, "sanity": summary}, done.samples, {**done.gallery, **found.arrays})
 
 
 def make_attacks(attacks: Mapping[str, Any] | Sequence[Any]) -> dict[str, Attack]:

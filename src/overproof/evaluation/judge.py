@@ -1,195 +1,246 @@
-"""A row per sample: what the evaluator sees, and what it concludes."""
+"""A row per sample: images pass the attacks, and every verdict is written down."""
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from overproof.attacks.base import Attack, logits_of
-from overproof.errors import DataError
-from overproof.evaluation.curves import with_radius
-from overproof.evaluation.metrics import calibration_error, latency, multiply_adds, per_class
-from overproof.evaluation.records import Evaluation
-from overproof.evaluation.verdicts import seeded, verdict
-from overproof.models import parameters_of
+from overproof.attacks.base import logits_of
+from overproof.attacks.folding import folded
+from overproof.attacks.randomness import Streams
+from overproof.errors import DataError, NoGradientError
+from overproof.evaluation.counting import Passes
+from overproof.evaluation.findings import GALLERY, Findings
+from overproof.evaluation.inputs import seems_softmax
+from overproof.evaluation.partial import Partial
+from overproof.evaluation.pipeline import Chunk, Lane
+from overproof.evaluation.plan import CURVE, Plan, Stage, columns_of
+from overproof.evaluation.verdicts import Verdict, verdict
 from overproof.networks import full_precision, in_mode
 from overproof.types import Batch
 
-GALLERY = 8
+
+class Changed(Exception):
+    """The images are not those that the unfinished evaluation began with."""
 
 
 class Judge:
-    """Collects a row per sample, batch by batch."""
+    """Takes batches in the order of the data, and fills a record.
+
+    What the record knows already is not computed again: its verdicts are replayed, so that every batch of every stage is
+    composed as it would have been without the interruption.
+
+    Args:
+        model: images in [0, 1] -> logits, in eval mode.
+        plan: the attacks.
+        partial: where the record is kept meanwhile.
+        teacher: for agreement.
+        batch_size: images per batch of a stage.
+        keep: how many images that are right untouched are kept for further checks.
+
+    Attributes:
+        found: the record.
+        kept: these images with their labels, by row of the data.
+        image: the first image (1, C, H, W), None before there was any.
+    """
 
     def __init__(
-        self, model: nn.Module, attacks: dict[str, Attack], curve: tuple[float, ...], teacher: nn.Module | None, seed: int
+        self,
+        model: nn.Module,
+        plan: Plan,
+        partial: Partial,
+        *,
+        teacher: nn.Module | None = None,
+        batch_size: int = 256,
+        keep: int = 0,
     ) -> None:
-        self.model, self.attacks, self.curve, self.teacher, self.seed = model, attacks, curve, teacher, seed
-        self.rows: dict[str, list[Tensor]] = {}
-        self.logits: list[Tensor] = []
-        self.pictures: list[dict[str, Any]] = []
-        self.seconds = dict.fromkeys(attacks, 0.0)
-        self.invalid = dict.fromkeys(attacks, 0)
-        self.seen = self.classes = 0
+        self.model, self.plan, self.partial = model, plan, partial
+        self.teacher, self.batch_size, self.keep = teacher, batch_size, keep
+        self.columns = columns_of(plan, teacher is not None)
+        self._quick: nn.Module | None = None
+        self.begin(Findings(self.columns))
+
+    def begin(self, found: Findings) -> None:
+        """Start at the first image, with a record that is empty or comes from an earlier call."""
+        self.found, self.known, self.seen = found, found.count, 0
+        self.lanes = {name: Lane(stages, self.batch_size, self._stage) for name, stages in self.plan.lanes.items()}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.image: Tensor | None = None
-        self._hits: dict[str, int] = {}
+        self._started = time.perf_counter() - found.facts["seconds"]
 
-    def see(self, batch: Batch, number: int) -> None:
-        """Judge one batch."""
+    def see(self, rows: Tensor, batch: Batch) -> None:
+        """Judge one batch, whose images are numbers `rows` of the data; they wait until an attack has a full batch.
+
+        Raises:
+            Changed: an image is not the one that was recorded before.
+            DataError: a label that the model does not know.
+        """
         images, labels = batch.images.float(), batch.labels
+        self.image = images[:1] if self.image is None else self.image
+        places = np.arange(self.seen, self.seen + len(rows))
+        pixels = images.flatten(1).double().sum(dim=1).cpu().numpy()
         with full_precision(images.device):
-            with torch.no_grad():
-                logits = logits_of(self.model, images).float()
-            if int(labels.max()) >= logits.shape[1]:
-                raise DataError(
-                    f"Label {int(labels.max())} does not exist for a model with {logits.shape[1]} classes (0 to "
-                    f"{logits.shape[1] - 1}). Evaluate on the data the model was made for, or rebuild it with more classes."
-                )
-            self._clean(batch, logits)
-            for name, attack in self.attacks.items():
-                self._attack(name, attack, batch, logits.argmax(dim=1), number)
-            self._sweep(images, labels, logits.argmax(dim=1), number)
-        self.seen += len(labels)
-        self.classes = logits.shape[1]
-        self.image = images[:1]
+            if places[-1] < self.known:
+                self._compare(places, batch, pixels)
+            else:
+                self._clean(places, rows, batch, pixels)
+            self.seen += len(rows)
+            right = torch.from_numpy(self.found["prediction"][places] == self.found["label"][places])
+            self._keep(rows[right], images[right.to(images.device)], labels[right.to(images.device)])
+            chunk = Chunk(images, labels, batch.index, torch.from_numpy(places).to(images.device))
+            for lane in self.lanes.values():
+                lane.feed(chunk.take(right.to(images.device)))
+        self._due()
 
-    def so_far(self) -> dict[str, float]:
-        """Running accuracies for the progress bar."""
-        return {name: hits / self.seen for name, hits in self._hits.items()}
+    def finish(self, after: Callable[[], None]) -> None:
+        """Let the attacks have what is left; `after` is called behind each.
 
-    def _put(self, **columns: Tensor) -> None:
-        for name, values in columns.items():
-            self.rows.setdefault(name, []).append(values.cpu())
+        Raises:
+            Changed: there were more images before.
+        """
+        if self.seen < self.known:
+            raise Changed
 
-    def _count(self, name: str, hits: Tensor) -> None:
-        self._hits[name] = self._hits.get(name, 0) + int(hits.sum())
+        def stage_done() -> None:
+            self.write()
+            after()
 
-    def _clean(self, batch: Batch, logits: Tensor) -> None:
+        for lane in self.lanes.values():
+            lane.flush(stage_done)
+        self.write()
+
+    def _due(self) -> None:
+        if self.partial.due:
+            self.write()
+
+    def write(self) -> None:
+        """Keep what is known by now."""
+        self.found.facts["seconds"] = time.perf_counter() - self._started
+        self.partial.write(self.found)
+
+    @property
+    def pending(self) -> int:
+        """Images that wait for an attack."""
+        return max((lane.waiting for lane in self.lanes.values()), default=0)
+
+    def _compare(self, places: np.ndarray, batch: Batch, pixels: np.ndarray) -> None:
+        found = self.found
+        same = (found["index"][places] == batch.index.cpu().numpy()) & (found["label"][places] == batch.labels.cpu().numpy())
+        if not (same & np.isclose(found["_pixels"][places], pixels, rtol=1e-9, atol=1e-6)).all():
+            raise Changed
+
+    def _clean(self, places: np.ndarray, rows: Tensor, batch: Batch, pixels: np.ndarray) -> None:
+        images, labels, found = batch.images.float(), batch.labels, self.found
+        self._dice(batch.index, "clean")
+        with torch.no_grad():
+            logits = logits_of(self.model, images).float()
+        if int(labels.max()) >= logits.shape[1]:
+            raise DataError(
+                f"Label {int(labels.max())} does not exist for a model with {logits.shape[1]} classes (0 to "
+                f"{logits.shape[1] - 1}). Evaluate on the data the model was made for, or rebuild it with more classes."
+            )
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
-        self._put(index=batch.index, label=batch.labels, prediction=predicted, confidence=confidence)
-        self._count("clean", predicted == batch.labels)
-        self.logits.append(logits.cpu())
+        columns = {"index": batch.index, "label": labels, "prediction": predicted, "confidence": confidence, "_row": rows}
+        columns |= {"_nll": cross_entropy(logits, labels, reduction="none")}
+        columns |= {f"{name}/prediction": predicted for name in self.plan.attacks}
         if self.teacher is not None:
             with in_mode(self.teacher), torch.no_grad():
-                self._put(teacher_prediction=logits_of(self.teacher, batch.images.float()).argmax(dim=1))
+                columns["teacher_prediction"] = logits_of(self.teacher, images).argmax(dim=1)
+        arrays = {name: values.cpu().numpy() for name, values in columns.items()} | {"_pixels": pixels}
+        found.extend(int(places[-1]) + 1 - found.count)
+        for name, values in arrays.items():
+            found[name][places] = values
+        found.facts["classes"] = logits.shape[1]
+        found.facts["softmax"] = float(bool(found.facts["softmax"]) and seems_softmax(logits))
+        self.partial.changed()
 
-    def _attack(self, name: str, attack: Attack, batch: Batch, predicted: Tensor, number: int) -> None:
-        begin = time.perf_counter()
-        images, labels = batch.images.float(), batch.labels
-        right = predicted == labels
-        outcome, sizes = predicted.clone(), torch.zeros(len(labels), device=images.device)
-        if bool(right.any()):
-            generator = seeded(images.device, self.seed, name, number)
-            result = verdict(attack, self.model, images[right], labels[right], generator)
-            outcome[right], sizes[right] = result.predictions, result.sizes
-            self.invalid[name] += int(result.invalid.sum())
-            self._picture(name, images[right], labels[right], result.images, result.predictions)
-        robust = right & (outcome == labels)
-        self._put(**{f"{name}/prediction": outcome, f"{name}/size": sizes, f"{name}/robust": robust})
-        self._count(name, robust)
-        self.seconds[name] += time.perf_counter() - begin
+    def _keep(self, rows: Tensor, images: Tensor, labels: Tensor) -> None:
+        room = max(self.keep - len(self.kept), 0)
+        for row, image, label in zip(rows[:room].tolist(), images, labels, strict=False):
+            self.kept[row] = (image.clone(), label)
 
-    def _picture(self, name: str, clean: Tensor, labels: Tensor, adversarial: Tensor, predicted: Tensor) -> None:
-        if name != next(iter(self.attacks)) or len(self.pictures) >= GALLERY:
-            return
-        broken = (predicted != labels).nonzero().flatten().tolist()
-        for row in (broken or list(range(len(labels))))[: GALLERY - len(self.pictures)]:
-            facts = {"label": labels[row], "clean_prediction": labels[row], "adversarial_prediction": predicted[row]}
-            pixels = {"clean": (clean[row] * 255).round().byte(), "adversarial": adversarial[row]}
-            self.pictures.append({k: v.cpu().numpy() for k, v in {**facts, **pixels}.items()} | {"attack": name})
+    def _stage(self, stage: Stage, chunk: Chunk) -> Tensor:
+        """Let one member of an attack work; the mask of images that its successor gets."""
+        places = chunk.rows.cpu().numpy()
+        todo = self.found[f"_passed/{stage.lane}"][places] <= stage.number
+        if todo.any():
+            self._attack(stage, chunk if todo.all() else chunk.take(torch.from_numpy(todo).to(chunk.rows.device)))
+            self._due()
+        by = self.found[f"_by/{stage.lane}"][places]
+        # A member that looks for the smallest change may find a smaller one where another has been successful.
+        on = (by < 0) | (by > stage.number) | self.plan.unbounded(stage.lane)
+        return torch.from_numpy(on).to(chunk.rows.device)
 
-    def _sweep(self, images: Tensor, labels: Tensor, predicted: Tensor, number: int) -> None:
-        if not self.curve:
-            return
-        name, attack = next(iter(self.attacks.items()))
-        holds = predicted == labels
-        for eps in self.curve:
-            if eps > 0 and bool(holds.any()):
-                generator = seeded(images.device, self.seed, name, eps, number)
-                result = verdict(with_radius(attack, eps), self.model, images[holds], labels[holds], generator)
-                holds = holds.clone()
-                holds[holds.nonzero().flatten()[result.predictions != labels[holds]]] = False
-            self._put(**{f"curve/{eps:.6g}": holds})
+    def _attack(self, stage: Stage, chunk: Chunk) -> None:
+        begin, passes = time.perf_counter(), Passes()
+        streams = self._dice(chunk.index, *stage.key)
+        through = self._through(stage, chunk.images)
+        result = None
+        try:
+            result = verdict(stage.attack, self.model, chunk.images, chunk.labels, streams, through=through, passes=passes)
+            broken = (result.predictions != chunk.labels).cpu().numpy()
+        except NoGradientError:
+            broken = np.zeros(len(chunk), bool)
+        amounts = {"attacked": len(chunk), "broken": int(broken.sum()), "no_gradient": int(result is None)}
+        amounts |= {"invalid": 0 if result is None else int(result.invalid.sum())}
+        amounts |= {"forward": passes.forward, "backward": passes.backward}
+        self._record(stage, chunk, result, broken)
+        self.found.tally(stage.lane, stage.member, seconds=time.perf_counter() - begin, **amounts)
+        self.partial.changed()
 
-    def conclude(self, classes: tuple[str, ...], seconds: float) -> Evaluation:
-        """Summary over all batches."""
-        rows = {name: torch.cat(parts).numpy() for name, parts in self.rows.items()}
-        logits, labels = torch.cat(self.logits), torch.from_numpy(rows["label"])
-        right = rows["prediction"] == rows["label"]
-        robust = np.logical_and.reduce([rows[f"{n}/robust"] for n in self.attacks]) if self.attacks else None
-        assert self.image is not None
-        summary = {
-            **self._accuracies(rows, right, robust, len(classes)),
-            "classes": list(classes),
-            "ece": calibration_error(logits, labels),
-            "nll": float(nn.functional.cross_entropy(logits, labels)),
-            "parameters": parameters_of(self.model),
-            "macs": multiply_adds(self.model, self.image),
-            "latency_ms": latency(self.model, self.image),
-            "device": str(self.image.device),
-            "seed": self.seed,
-            "seconds": seconds,
-            "warnings": self._warnings(logits),
-        }
-        return Evaluation(summary, {k: v for k, v in rows.items() if not k.startswith("curve/")}, self._gallery())
+    def _dice(self, index: Tensor, *purpose: str) -> Streams:
+        """The randomness of images for a purpose; a model that rolls dice itself rolls the same for the same batch."""
+        streams = Streams.named(index, self.plan.seed, *purpose)
+        torch.default_generator.manual_seed(streams.initial_seed())
+        if index.is_cuda:
+            torch.cuda.manual_seed(streams.initial_seed())
+        return streams
 
-    def _accuracies(
-        self, rows: dict[str, np.ndarray], right: np.ndarray, robust: np.ndarray | None, classes: int
-    ) -> dict[str, Any]:
-        return {
-            "samples": self.seen,
-            "clean": float(right.mean()),
-            "attacks": {name: self._facts(name, rows, right) for name in self.attacks},
-            "worst_case": None if robust is None else float(robust.mean()),
-            "curve": self._curve(rows),
-            "agreement": {"clean": float((rows["prediction"] == rows["teacher_prediction"]).mean())} if self.teacher else None,
-            "per_class": {
-                "count": np.bincount(rows["label"], minlength=classes).tolist(),
-                "clean": per_class(rows["label"], right, classes),
-                "robust": None if robust is None else per_class(rows["label"], robust, classes),
-            },
-        }
+    def _through(self, stage: Stage, images: Tensor) -> nn.Module:
+        """The model, or for attacks that need nothing but logits its cheaper copy."""
+        if not getattr(stage.attack, "logits_only", False):
+            return self.model
+        self._quick = folded(self.model, images) if self._quick is None else self._quick
+        return self._quick
 
-    def _facts(self, name: str, rows: dict[str, np.ndarray], right: np.ndarray) -> dict[str, Any]:
-        attack, robust, broken = self.attacks[name], rows[f"{name}/robust"], right & ~rows[f"{name}/robust"]
-        sizes = rows[f"{name}/size"][broken]
-        return {
-            "attack": repr(attack),
-            "threat": type(attack.threat).__name__,
-            "eps": attack.threat.eps,
-            "robust": float(robust.mean()),
-            "success_rate": float(broken.sum() / max(right.sum(), 1)),
-            "success_denominator": int(right.sum()),
-            "mean_size": float(sizes.mean()) if len(sizes) else None,
-            "invalid": self.invalid[name],
-            "seconds": self.seconds[name],
-        }
+    def _record(self, stage: Stage, chunk: Chunk, result: Verdict | None, broken: np.ndarray) -> None:
+        lane, places = stage.lane, chunk.rows.cpu().numpy()
+        by, found = self.found[f"_by/{lane}"], self.found
+        if result is not None and lane != CURVE:
+            predictions, sizes = result.predictions.cpu().numpy(), result.sizes.cpu().numpy().astype(np.float32)
+            kept = np.ones_like(broken)
+            if self.plan.unbounded(lane):
+                known = np.where(by[places] >= 0, found[f"{lane}/size"][places], math.inf)
+                kept = broken = broken & (sizes < known)
+                found[f"{lane}/size"][places] = known
+            found[f"{lane}/prediction"][places[kept]] = predictions[kept]
+            found[f"{lane}/size"][places[kept]] = sizes[kept]
+            if result.targets is not None:
+                found[f"{lane}/target"][places] = result.targets.cpu().numpy()
+            if lane == next(iter(self.plan.attacks)):
+                self._pictures(stage, chunk, result, broken)
+        elif self.plan.unbounded(lane):
+            found[f"{lane}/size"][places[by[places] < 0]] = math.inf
+        by[places[broken]] = stage.number
+        found[f"_passed/{lane}"][places] = stage.number + 1
 
-    def _curve(self, rows: dict[str, np.ndarray]) -> dict[str, Any] | None:
-        if not self.curve:
-            return None
-        name, attack = next(iter(self.attacks.items()))
-        robust = [float(rows[f"curve/{eps:.6g}"].mean()) for eps in self.curve]
-        return {"attack": name, "threat": type(attack.threat).__name__, "eps": list(self.curve), "robust": robust}
-
-    def _gallery(self) -> dict[str, np.ndarray]:
-        if not self.pictures:
-            return {}
-        return {key: np.stack([np.asarray(picture[key]) for picture in self.pictures]) for key in self.pictures[0]}
-
-    def _warnings(self, logits: Tensor) -> list[str]:
-        found = [
-            f"{name}: {count} of its images left [0, 1] or the allowed distance; the untouched images were counted instead."
-            for name, count in self.invalid.items()
-            if count
-        ]
-        if bool((logits >= 0).all()) and torch.allclose(logits.sum(dim=1), torch.ones(len(logits)), atol=1e-4):
-            found.append(
-                "The model's outputs are non-negative and sum to 1: it seems to end in a softmax. Attacks and distillation "
-                "need logits; remove the softmax, or robust accuracy will look better than it is."
-            )
-        return found
+    def _pictures(self, stage: Stage, chunk: Chunk, result: Verdict, broken: np.ndarray) -> None:
+        last = stage.number + 1 == len(self.plan.lanes[stage.lane])
+        still = ~broken & (self.found[f"_by/{stage.lane}"][chunk.rows.cpu().numpy()] < 0) & last
+        for success, candidates in ((True, broken), (False, still)):
+            for place in np.flatnonzero(candidates)[:GALLERY].tolist():
+                shown = {
+                    "clean": (chunk.images[place] * 255).round().byte(),
+                    "adversarial": result.images[place],
+                    "label": chunk.labels[place],
+                    "clean_prediction": chunk.labels[place],
+                    "adversarial_prediction": result.predictions[place],
+                }
+                facts = {name: value.cpu().numpy() for name, value in shown.items()}
+                self.found.picture(int(chunk.rows[place]), **facts, broken=success, attack=stage.lane)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,65 @@ from torch import Tensor, nn
 
 from overproof.networks import in_mode
 
+Z = 1.959964  # of a 95 % interval
 
-def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error over 15 equal bins of confidence, in [0, 1] (torchmetrics)."""
-    from torchmetrics.functional.classification import multiclass_calibration_error
 
-    probabilities = logits.softmax(dim=1)
-    return float(multiclass_calibration_error(probabilities, labels, num_classes=logits.shape[1], n_bins=15))
+class Estimate(float):
+    """A share, printed in % with half the width of its 95 % interval."""
+
+    half: float
+
+    def __new__(cls, value: float, half: float) -> Estimate:
+        made = super().__new__(cls, value)
+        made.half = half
+        return made
+
+    def __format__(self, spec: str) -> str:
+        return f"{100 * float(self):.1f} ± {100 * self.half:.1f} %"
+
+
+def wilson(hits: float, count: int) -> list[float]:
+    """The 95 % interval of a share by Wilson's score: low, high; [0, 1] where nothing was counted."""
+    if not count:
+        return [0.0, 1.0]
+    share, z = hits / count, Z / count**0.5
+    middle, half = share + z * z / 2, z * (share * (1 - share) + z * z / 4) ** 0.5
+    return [max((middle - half) / (1 + z * z), 0.0), min((middle + half) / (1 + z * z), 1.0)]
+
+
+def surviving(stages: Iterable[tuple[int, int]]) -> Estimate:
+    """The share that survives all stages, from (met, lost) of each: their product, with Greenwood's interval.
+
+    Images that still wait for a later stage count where they have been, so the estimate is not drawn to either side.
+    """
+    share, spread, fewest = 1.0, 0.0, 0
+    for met, lost in stages:
+        if met:
+            share *= 1 - lost / met
+            spread += lost / (met * (met - lost)) if lost < met else 0.0
+            fewest = met
+    low, high = wilson(share * fewest, fewest)
+    return Estimate(share, max(Z * share * spread**0.5, (high - low) / 2 if share in (0.0, 1.0) else 0.0))
+
+
+def quantile(values: np.ndarray, share: float) -> float:
+    """The quantile of `values`, some of which may be infinite: linear between neighbours, as in NumPy."""
+    ordered = np.sort(values)
+    place = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return float(low if low == high else low + (high - low) * (place - math.floor(place)))
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error over equal bins of confidence, in [0, 1].
+
+    Reference: Guo, Pleiss, Sun, Weinberger, ICML 2017, arXiv 1706.04599.
+    """
+    places = np.clip(
+        np.searchsorted(np.linspace(0, 1, bins + 1, dtype=confidence.dtype), confidence, side="right") - 1, 0, bins
+    )
+    gaps = np.bincount(places, weights=right.astype(float) - confidence, minlength=bins + 1)
+    return float(np.abs(gaps).sum() / max(len(right), 1))
 
 
 def per_class(labels: np.ndarray, hits: np.ndarray, classes: int) -> list[float | None]:

@@ -26,27 +26,34 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio, -(z_y - max_{k != y} z_k) / (z_pi1 - z_pi3), pi sorting the logits downwards.
 
-    It does not change when the logits are shifted or scaled. With two classes there is no third logit; the second takes its
-    place.
+    It does not change when the logits are shifted or scaled. With two classes there is no third logit and the ratio would be
+    constant, its gradient zero: the numerator alone is returned, the margin.
 
     Args:
         logits: (N, K), K at least 2.
         labels: class numbers (N,).
 
     Returns:
-        (N,), at most 1, and between -1 and 0 where the image is classified correctly.
+        (N,); from three classes on at most 1, and between -1 and 0 where the image is classified correctly.
 
     Reference: Croce and Hein, ICML 2020, arXiv 2003.01690, eq. (6).
     """
-    top = logits.topk(min(3, logits.shape[1]), dim=1).values
-    return margin(logits, labels) / (top[:, 0] - top[:, -1] + 1e-12)
+    if logits.shape[1] < 3:
+        return margin(logits, labels)
+    top = logits.topk(3, dim=1)
+    best_other = torch.where(top.indices[:, 0] == labels, top.values[:, 1], top.values[:, 0])
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    return (best_other - own) / (top.values[:, 0] - top.values[:, 2] + 1e-12)
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """-(z_y - z_t) / (z_pi1 - (z_pi3 + z_pi4) / 2): moves from class y towards class t.
 
+    Below four classes there is no fourth logit, and the ratio is constant where t comes last: the numerator alone is
+    returned.
+
     Args:
-        logits: (N, K), K at least 3; below four classes the last logit stands for the missing ones.
+        logits: (N, K), K at least 2.
         labels: the classes to leave (N,).
         targets: the classes to reach (N,).
 
@@ -55,7 +62,8 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
     Reference: Croce and Hein, ICML 2020, arXiv 2003.01690, eq. (7).
     """
-    top = logits.topk(min(4, logits.shape[1]), dim=1).values
-    third, fourth = top[:, min(2, top.shape[1] - 1)], top[:, -1]
-    step = logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])
-    return step.squeeze(1) / (top[:, 0] - (third + fourth) / 2 + 1e-12)
+    gap = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+    if logits.shape[1] < 4:
+        return gap
+    top = logits.topk(4, dim=1).values
+    return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from overproof.registry import Registry
 
 if TYPE_CHECKING:
+    from overproof.methods.feature_objective import FeatureObjective
     from overproof.methods.objective import Objective, RobustObjective
 
 METHODS = Registry("method", "overproof.methods")
@@ -58,8 +59,103 @@ METHODS.add(
     url="https://arxiv.org/abs/2108.07969",
     tags=("distillation", "robust"),
 )
+METHODS.add(
+    "fitnet",
+    "overproof.methods.fitnet:FitNet",
+    summary="The student's middle map, through a regressor, equals the teacher's.",
+    paper="Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015",
+    url="https://arxiv.org/abs/1412.6550",
+    tags=("distillation", "features"),
+)
+METHODS.add(
+    "at",
+    "overproof.methods.attention_transfer:AttentionTransfer",
+    summary="The student looks where the teacher looks, at every stage.",
+    paper="Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017",
+    url="https://arxiv.org/abs/1612.03928",
+    tags=("distillation", "features"),
+)
+METHODS.add(
+    "crd",
+    "overproof.methods.crd:CRD",
+    summary="Embeddings of one image by both networks find each other among those of other images.",
+    paper="Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020",
+    url="https://arxiv.org/abs/1910.10699",
+    tags=("distillation", "features"),
+)
+METHODS.add(
+    "reviewkd",
+    "overproof.methods.reviewkd:ReviewKD",
+    summary="Shallow teacher stages are reviewed with what the student has found in deeper ones.",
+    paper="Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021",
+    url="https://arxiv.org/abs/2104.09044",
+    tags=("distillation", "features"),
+)
+METHODS.add(
+    "rkd",
+    "overproof.methods.rkd:RKD",
+    summary="Distances and angles between the images of a batch are as the teacher has them.",
+    paper="Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019",
+    url="https://arxiv.org/abs/1904.05068",
+    tags=("distillation", "features"),
+)
+METHODS.add(
+    "sp",
+    "overproof.methods.similarity:SimilarityPreserving",
+    summary="Images that excite the teacher alike excite the student alike.",
+    paper="Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019",
+    url="https://arxiv.org/abs/1907.09682",
+    tags=("distillation", "features"),
+)
+METHODS.add(
+    "vid",
+    "overproof.methods.vid:VID",
+    summary="The student's maps predict the teacher's: a Gaussian with learned variances.",
+    paper="Ahn, Hu, Damianou, Lawrence, Dai: Variational Information Distillation for Knowledge Transfer, CVPR 2019",
+    url="https://arxiv.org/abs/1904.05835",
+    tags=("distillation", "features"),
+)
+METHODS.add(
+    "dkd",
+    "overproof.methods.dkd:DKD",
+    summary="Distillation in two parts: the target class, and the classes beside it.",
+    paper="Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022",
+    url="https://arxiv.org/abs/2203.08679",
+    tags=("distillation", "logits"),
+)
+METHODS.add(
+    "dist",
+    "overproof.methods.dist:DIST",
+    summary="Predictions need only correlate with the teacher's, over classes and over images.",
+    paper="Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022",
+    url="https://arxiv.org/abs/2205.10536",
+    tags=("distillation", "logits"),
+)
+METHODS.add(
+    "logit-standard",
+    "overproof.methods.logit_standard:LogitStandard",
+    summary="Knowledge distillation of z-scores: how logits relate, not how large they are.",
+    paper="Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024",
+    url="https://arxiv.org/abs/2403.01427",
+    tags=("distillation", "logits"),
+)
+METHODS.add(
+    "composed",
+    "overproof.methods.composed:Composed",
+    summary="Several methods at once, over one forward pass of each network.",
+    paper="",
+    tags=("distillation", "composition"),
+)
+METHODS.add(
+    "sokd",
+    "overproof.methods.sokd:SoKD",
+    summary="A plug-in: the teacher's features are refined by a learned policy and compared where both networks look.",
+    paper="Shen, Huang, Zhu, Fan, Zhang: Student-Oriented Teacher Knowledge Refinement for Knowledge Distillation, 2024",
+    url="https://arxiv.org/abs/2409.18785",
+    tags=("distillation", "features", "plug-in"),
+)
 
-__all__ = ["METHODS", "Objective", "RobustObjective"]
+__all__ = ["METHODS", "FeatureObjective", "Objective", "RobustObjective"]
 
 
 def __getattr__(name: str) -> Any:
@@ -67,4 +163,8 @@ def __getattr__(name: str) -> Any:
         from overproof.methods import objective
 
         return getattr(objective, name)
+    if name == "FeatureObjective":
+        from overproof.methods.feature_objective import FeatureObjective
+
+        return FeatureObjective
     raise AttributeError(f"module 'overproof.methods' has no attribute {name!r}")

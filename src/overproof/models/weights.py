@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from overproof.console import note
 from overproof.errors import FolderError
 from overproof.folder import atomic, read_json, write_json
 from overproof.models.classifier import Classifier, parameters_of
 from overproof.models.factory import rebuild
 
 Which = Literal["best", "last"]
+_NORMALISATION = re.compile(r"(^|\.)(normali[sz]\w*\.\w+|mean|std|mu|sigma)$")
 
 
 def save_weights(model: nn.Module, run: Path, which: str) -> None:
@@ -90,6 +93,38 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     model.load_state_dict(state)
 
 
+def fill_foreign(model: Classifier, state: dict[str, Tensor], path: Path) -> None:
+    """Load weights that somebody else saved: of the whole classifier, or of the network behind our first layer.
+
+    Names may stand under the prefixes of wrappers ("module.", "model.", "net.", "_orig_mod."). What lies beside the part that
+    fits (a second copy) and a normalisation layer of the wrapper's are left out, which is said.
+
+    Raises:
+        FolderError: names or shapes differ.
+    """
+    offers = [(target, _unwrapped(state, set(target.state_dict()))) for target in (model, model.net)]
+    target, found = min(offers, key=lambda offer: len(set(offer[0].state_dict()) - set(offer[1])))
+    if target is model.net:
+        own = set(target.state_dict())
+        found = {name: value for name, value in found.items() if name in own or not _NORMALISATION.search(name)}
+    if len(found) < len(state):
+        note(
+            f"note: {path}: {len(state) - len(found)} of its {len(state)} tensors are not part of the network. If it expects "
+            "normalised images, say so with --mean and --std."
+        )
+    fill(target, found, path)
+
+
+def _unwrapped(state: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
+    """`state` without the prefix that hides the `known` names; as it is if there is none."""
+    best = state
+    for prefix in ("module.", "model.", "net.", "_orig_mod."):
+        inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if inner and len(known & set(found := _unwrapped(inner, known))) > len(known & set(best)):
+            best = found
+    return best
+
+
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name from a safetensors file, or from a PyTorch file of plain tensors.
 
@@ -113,7 +148,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             f"{path} is truncated, or is not a file of plain weights ({type(error).__name__}: {str(error).splitlines()[0][:120]}). "
             "It was not executed. Fetch or export it again; safetensors is preferred."
         ) from error
-    for key in ("state_dict", "model", "net"):
+    for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from overproof.report.drawing import INK, PALETTE, draw, line_style
-from overproof.report.reading import Run, items, number, table
-from overproof.report.table import Row, amount, binomial
+from overproof.report.reading import Run
+from overproof.report.table import SUSPECTED, Row, amount, binomial
+from overproof.report.values import items, number, table
 
 POINTS = 1500  # of all lines of a drawing together
 TERMS = 6
@@ -39,12 +40,16 @@ def scatter(rows: Sequence[Row]) -> Chart | None:
             style, x, y = line_style(position), 100 * row["clean"], 100 * row["robust"]
             errors = {"xerr": 100 * (row["clean_se"] or 0), "yerr": 100 * (row["robust_se"] or 0)}
             axes.errorbar(x, y, **errors, color=style["color"], linewidth=0.8, alpha=0.8)
-            axes.scatter([x], [y], s=24 + 260 * size / largest, color=style["color"], alpha=0.75, linewidths=0)
+            filled = {"color": style["color"], "linewidths": 0}
+            hollow = {"facecolors": "none", "edgecolors": style["color"], "linewidths": 1.4}
+            look = hollow if row["suspected"] else filled
+            axes.scatter([x], [y], s=24 + 260 * size / largest, alpha=0.75, **look)
         axes.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)")
         axes.margins(0.15)
 
     note = "Bars: ± standard error. "
     note += f"Area grows with parameters ({amount(min(sizes))} to {amount(largest)})." if len(set(sizes)) > 1 else ""
+    note += f" Hollow: {SUSPECTED}." if any(row["suspected"] for _, row in shown) else ""
     return Chart("Clean and robust accuracy", draw(paint, "Robust accuracy over clean accuracy, a dot per run"), note)
 
 

@@ -31,7 +31,7 @@ class Picture:
 def pictures(run: Run, most: int = 8) -> list[Picture]:
     """The first `most` examples of the run's gallery; one that cannot be shown adds a warning to `run`."""
     found = run.gallery()
-    if not found:
+    if "clean" not in found:
         return []
     try:
         return [_picture(found, i, run.evaluation["classes"]) for i in range(min(len(found["clean"]), most))]

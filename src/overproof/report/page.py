@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from overproof.folder import atomic
-from overproof.report import charts
+from overproof.report import charts, maps
 from overproof.report.drawing import swatch
 from overproof.report.gallery import pictures
-from overproof.report.reading import Run, number, read_runs
+from overproof.report.reading import Run, read_runs
 from overproof.report.seeds import group_by_seed
-from overproof.report.table import amount, binomial, columns, duration, notes, percent, row
+from overproof.report.table import amount, binomial, bounded, columns, duration, percent, row, work
+from overproof.report.text import notes
+from overproof.report.values import number
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -52,7 +54,7 @@ def write_report(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "amount": amount, "duration": duration}
-    environment.globals |= {"binomial": binomial, "swatch": swatch, "number": number}
+    environment.globals |= {"binomial": binomial, "swatch": swatch, "number": number, "work": work, "bounded": bounded}
     html = environment.get_template("page.html").render(_content(runs, title, baseline))
     with atomic(path) as file:
         file.write(html.encode("utf-8", "replace"))
@@ -77,6 +79,8 @@ def _content(runs: list[Run], title: str | None, baseline: str | None) -> dict[s
         "training": charts.training(runs),
         "robustness": charts.robustness(runs),
         "classes": charts.per_class(runs),
+        "confusion": [chart for run in runs if (chart := maps.confusion(run))],
+        "sanity": [(run, maps.surfaces(run, 4 if len(runs) <= 3 else 2)) for run in runs if run.evaluation.get("sanity")],
         "galleries": galleries,
         "configuration": _configuration,
         "style": (TEMPLATES / "style.css").read_text("utf-8"),

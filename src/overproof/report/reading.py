@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,29 +12,10 @@ import numpy as np
 
 from overproof.errors import FolderError, UsageError
 from overproof.folder import RunFolder, read_json
+from overproof.report.values import attack_facts, items, number, sanity_facts, table
 
 TRACES = ("status.json", "config.toml", "environment.json", "metrics.jsonl", "model.json", "evaluations")
 PREFERRED = ("test", "test-best", "best")
-
-
-def number(value: Any) -> float | None:
-    """`value` as a finite float, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def table(value: Any) -> dict[str, Any]:
-    """`value` if it is a table, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def items(value: Any) -> list[Any]:
-    """`value` if it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
 
 
 @dataclass
@@ -51,6 +31,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    _gallery: dict[str, np.ndarray] | None = field(default=None, repr=False)
 
     @property
     def chosen(self) -> str | None:
@@ -67,9 +48,10 @@ class Run:
         return table(self.config.get(name))
 
     def gallery(self) -> dict[str, np.ndarray]:
-        """Example images of the chosen evaluation, or {}; a damaged file adds a warning."""
-        found: dict[str, np.ndarray] = self._try("gallery", lambda: self.folder.arrays(self.chosen or "", "gallery"), {})
-        return found
+        """Example images and loss surfaces of the chosen evaluation, or {}; a damaged file adds a warning."""
+        if self._gallery is None:
+            self._gallery = self._try("gallery", lambda: self.folder.arrays(self.chosen or "", "gallery"), {})
+        return self._gallery or {}
 
     def read(self) -> Run:
         """Fill this record from the folder."""
@@ -120,15 +102,11 @@ def _evaluation(path: Path) -> dict[str, Any]:
         **raw,
         **{key: number(raw.get(key)) for key in figures},
         **{key: table(raw.get(key)) for key in parts},
-        "attacks": {name: _attack(facts) for name, facts in table(raw.get("attacks")).items() if isinstance(facts, dict)},
+        "attacks": {name: attack_facts(facts) for name, facts in table(raw.get("attacks")).items() if isinstance(facts, dict)},
+        "sanity": sanity_facts(raw.get("sanity")),
         "classes": [str(name) for name in items(raw.get("classes"))],
         "warnings": [str(text) for text in items(raw.get("warnings"))],
     }
-
-
-def _attack(raw: dict[str, Any]) -> dict[str, Any]:
-    numbers = ("eps", "robust", "success_rate", "success_denominator", "mean_size", "invalid", "seconds")
-    return {key: str(raw.get(key, "unknown")) for key in ("attack", "threat")} | {key: number(raw.get(key)) for key in numbers}
 
 
 def _names(paths: Sequence[Path]) -> Iterator[str]:

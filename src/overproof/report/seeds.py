@@ -103,8 +103,10 @@ def _merge(label: str, found: Sequence[Row]) -> Row:
         "n": len(seeds),
         "runs": [row["name"] for row in found],
         "se": "seeds" if len(seeds) > 1 else "binomial",
+        "suspected": any(row["suspected"] for row in found),
         "attacks": {},
         "attacks_se": {},
+        "sizes": {},
     }
     for key in FIGURES:
         values = list(_by_seed((row["seed"], row[key]) for row in found).values())
@@ -114,6 +116,9 @@ def _merge(label: str, found: Sequence[Row]) -> Row:
         values = list(_by_seed((row["seed"], row["attacks"].get(name)) for row in found).values())
         merged["attacks"][name] = fmean(values) if values else None
         merged["attacks_se"][name] = _error(values) if len(seeds) > 1 else first["attacks_se"].get(name)
+    for name in first["sizes"]:
+        values = list(_by_seed((row["seed"], row["sizes"].get(name)) for row in found).values())
+        merged["sizes"][name] = fmean(values) if values else None
     return merged
 
 

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overproof.report.reading import Run, number, read_runs
+from overproof.report.reading import Run, read_runs
+from overproof.report.values import number
 
 Row = dict[str, Any]
 NONE = "-"
+SUSPECTED = "masked gradients suspected"
 
 
 def summarise(folders: Sequence[str | Path]) -> list[Row]:
     """One row per run folder: what it is, and the figures of its main evaluation (None where nothing was measured).
 
     Accuracies are shares in [0, 1]; `clean_se`, `robust_se` and `attacks_se` are binomial standard errors
-    sqrt(p (1 - p) / n) over the n images of that evaluation. `robust` is the worst case over the attacks in `attacks`.
+    sqrt(p (1 - p) / n) over the n images of that evaluation. `robust` is the worst case over the attacks in `attacks`; `suspected`
+    says that the sanity panel suspects masked gradients, and `sizes` has the median change that an attack without radius needs.
 
     Args:
         folders: run folders; each is listed once.
@@ -34,7 +37,9 @@ def row(run: Run) -> Row:
     """The row of one run."""
     found, method = run.evaluation, run.section("method")
     samples = found.get("samples")
-    attacks = {name: facts["robust"] for name, facts in found.get("attacks", {}).items()}
+    known = found.get("attacks", {})
+    attacks = {name: known[name]["robust"] for name in bounded(known)}
+    sizes = {name: facts["sizes"].get("median") for name, facts in known.items() if name not in attacks}
     clean, robust = found.get("clean"), found.get("worst_case")
     return {
         "name": run.name,
@@ -53,6 +58,8 @@ def row(run: Run) -> Row:
         "robust_se": binomial(robust, samples),
         "attacks": attacks,
         "attacks_se": {name: binomial(share, samples) for name, share in attacks.items()},
+        "sizes": sizes,
+        "suspected": bool(found.get("sanity", {}).get("suspected")),
         "agreement": number(found.get("agreement", {}).get("clean")),
         "ece": found.get("ece"),
         "seconds": number(run.status.get("seconds")),
@@ -60,6 +67,11 @@ def row(run: Run) -> Row:
         "protocol": _protocol(found),
         "config": run.config,
     }
+
+
+def bounded(attacks: dict[str, dict[str, Any]]) -> list[str]:
+    """The attacks with a radius. One without breaks nearly everything: its figure is the size of the change."""
+    return [name for name, facts in attacks.items() if not facts.get("sizes")]
 
 
 def binomial(share: float | None, samples: float | None) -> float | None:
@@ -80,7 +92,7 @@ def _protocol(found: dict[str, Any]) -> tuple[str, str] | None:
 
 def comparable(rows: Sequence[Row], part: int) -> bool:
     """Whether all measured rows used the same images (part 0), and the same attacks (part 1)."""
-    measured = [row["protocol"] for row in rows if row["protocol"] and (part == 0 or row["robust"] is not None)]
+    measured = [row["protocol"] for row in rows if row["protocol"] and (part == 0 or row["robust"] is not None or row["sizes"])]
     return len({protocol[: part + 1] for protocol in measured}) <= 1
 
 
@@ -97,11 +109,15 @@ class Column:
     numeric: bool = True
 
     def winner(self, rows: Sequence[Row]) -> Any:
-        """The best value among comparable rows; None if all are equal."""
-        values = [v for v in map(self.value, rows) if v is not None]
+        """The best value among comparable rows that can be believed; None if all are equal."""
+        values = [self.value(row) for row in rows if self.value(row) is not None and not self.doubted(row)]
         if not self.best or len(set(values)) < 2 or not comparable(rows, self.part):
             return None
         return max(values) if self.best > 0 else min(values)
+
+    def doubted(self, row: Row) -> bool:
+        """Whether the figure is one of robustness, of a model whose gradients seem masked."""
+        return self.part == 1 and bool(row.get("suspected"))
 
 
 def percent(share: float | None, error: float | None = None, sign: str = "") -> str:
@@ -127,6 +143,12 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / size:.1f} {unit}"
 
 
+def work(passes: dict[str, float]) -> str:
+    """Forward and backward passes per image, where they were counted."""
+    found = [passes.get(f"{key}_per_image") for key in ("forward", "backward")]
+    return " + ".join(amount(value) for value in found) if any(found) else NONE
+
+
 def _text(key: str, head: str, hint: str) -> Column:
     def show(row: Row) -> str:
         return NONE if row.get(key) is None else str(row[key])
@@ -135,15 +157,28 @@ def _text(key: str, head: str, hint: str) -> Column:
 
 
 def _share(key: str, head: str, hint: str, part: int = 0) -> Column:
-    return Column(head, hint, lambda row: row[key], lambda row: percent(row[key], row.get(f"{key}_se")), best=1, part=part)
+    def show(row: Row) -> str:
+        text = percent(row[key], row.get(f"{key}_se"))
+        return f"{text}, {SUSPECTED}" if part and row.get("suspected") and row[key] is not None else text
+
+    return Column(head, hint, lambda row: row[key], show, best=1, part=part)
 
 
 def _attack(name: str) -> Column:
     def show(row: Row) -> str:
-        return percent(row["attacks"].get(name), row["attacks_se"].get(name))
+        text = percent(row["attacks"].get(name), row["attacks_se"].get(name))
+        return f"{text} (?)" if row.get("suspected") and name in row["attacks"] else text
 
     hint = f"robust accuracy under {name} alone, in per cent"
     return Column(f"{name} %", hint, lambda row: row["attacks"].get(name), show, best=1, part=1)
+
+
+def _size(name: str) -> Column:
+    def value(row: Row) -> Any:
+        return row["sizes"].get(name)
+
+    hint = f"median size of the change that {name} needs to fool the model"
+    return Column(f"{name} size", hint, value, lambda row: _decimals(value(row)), best=1, part=1)
 
 
 def _difference(key: str) -> Column:
@@ -164,6 +199,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         _share("clean", "clean %", "accuracy on untouched images, in per cent"),
         _share("robust", "robust %", "robust accuracy, in per cent: right untouched and under every attack", part=1),
         *(_attack(name) for name in attacks if any(len(row["attacks"]) > 1 for row in rows)),
+        *(_size(name) for name in dict.fromkeys(name for row in rows for name in row["sizes"])),
         *(_difference(key) for key in ("clean", "robust")),
         _share("agreement", "agree %", agreement),
         Column("ECE", "expected calibration error", lambda r: r["ece"], lambda r: _decimals(r["ece"]), best=-1),
@@ -180,51 +216,3 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 def _decimals(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}"
-
-
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know to read the columns rightly."""
-    said = []
-    kinds = {row["se"] for row in rows if row["clean"] is not None}
-    if "seeds" in kinds:
-        said.append(
-            "±: standard error of the mean over seeds" + (" (one seed: binomial, over images)." if len(kinds) > 1 else ".")
-        )
-    elif kinds:
-        said.append("±: binomial standard error over the images of one evaluation; it does not cover the choice of seed.")
-    said += [
-        f"Δ: difference from {base}, paired by seed."
-        for base in dict.fromkeys(filter(None, (row.get("baseline") for row in rows)))
-    ]
-    sets = list(dict.fromkeys(tuple(row["attacks"]) for row in rows if row["robust"] is not None))
-    said += [f"Robust accuracy (worst case over: {', '.join(names)})." for names in sets]
-    calm = [row["name"] for row in rows if row["clean"] is not None and not row["attacks"]]
-    if calm:
-        said.append(f"Never attacked, so nothing is known about the robustness of: {', '.join(calm)}.")
-    if not comparable(rows, 0):
-        said.append("The runs were measured on different images: their figures are not comparable, and none is marked as best.")
-    elif not comparable(rows, 1):
-        said.append(
-            "The runs were attacked differently: their robust accuracies are not comparable, and none is marked as best."
-        )
-    missing = [row["name"] for row in rows if row["clean"] is None]
-    if missing:
-        said.append(f"No evaluation was made of: {', '.join(missing)}.")
-    return said
-
-
-def text_table(rows: Sequence[Row]) -> str:
-    """The rows of `summarise` or `group_by_seed` as aligned plain text, with notes on how to read them."""
-    if not rows:
-        return "No runs."
-    chosen = columns(rows)
-    lines = [[column.head for column in chosen], *([column.show(row) for column in chosen] for row in rows)]
-    clean = [["".join(c if c.isprintable() else "?" for c in cell) for cell in line] for line in lines]
-    widths = [max(len(line[i]) for line in clean) for i in range(len(chosen))]
-
-    def aligned(line: Sequence[str]) -> str:
-        cells = zip(line, widths, chosen, strict=True)
-        return "  ".join(c.rjust(width) if column.numeric else c.ljust(width) for c, width, column in cells).rstrip()
-
-    head, *body = [aligned(line) for line in clean]
-    return "\n".join([head, "-" * max(map(len, (head, *body))), *body, "", *notes(rows)])

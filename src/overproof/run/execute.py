@@ -79,8 +79,8 @@ def execute(
             write_json(folder.path / "environment.json", environment(fabric.device))
             folder.write_status("running", message="")
         trainer.run()
-        if leader:  # the others are done: one process judges, and nobody waits for it
-            judge_run(config, objective, data, folder=folder, attacks=parts.attacks)
+        judge_run(config, objective, data, folder=folder, attacks=parts.attacks)
+        if leader:
             folder.write_status("done", message="")
     return _finished(folder, objective.student, parts.trusted)
 

@@ -15,14 +15,17 @@ from overproof.attacks.base import Attack
 from overproof.config import RunConfig, resolve
 from overproof.data import Splits, stratified_subset
 from overproof.errors import OverproofError, UsageError
-from overproof.evaluation.evaluator import evaluate
+from overproof.evaluation.evaluator import evaluate, make_attacks
+from overproof.evaluation.partial import discard
 from overproof.evaluation.records import Evaluation
 from overproof.folder import RunFolder, plain
 from overproof.methods.objective import Objective
 from overproof.models import create_model
-from overproof.models.weights import fill, load_model, read_state
+from overproof.models.weights import fill, fill_foreign, load_model, read_state
 from overproof.registry import convert
 from overproof.run.prepare import USER, UserData, data_of
+
+SANITY = 64  # images of the sanity panel when training ends
 
 
 def evaluate_run(
@@ -35,7 +38,9 @@ def evaluate_run(
         which: "best" or "last".
         trusted: allow a folder that names a package.module:callable to import and run it.
         name: under which the evaluation is kept; made from the attacks if None.
-        **options: attacks, curve, data, split, limit, seed, teacher, overrides.
+        **options: attacks, curve, data, split, limit, seed, teacher, overrides, sanity, transfer_from.
+
+    An interrupted evaluation leaves what it knows in the folder, and the same call goes on from there.
     """
     folder = RunFolder(run).require()
     config = resolve(folder.config)
@@ -45,33 +50,44 @@ def evaluate_run(
         )
     if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(f"--name {name!r}: use letters, digits, dots, dashes and underscores.")
-    result = _measure(load_model(folder.path, which, trusted=trusted), config, trusted=trusted, **options)
+    wanted = name or _name_of(options["attacks"], options.get("split", "test"))
+    unfinished = _unfinished(folder, wanted)
+    model = load_model(folder.path, which, trusted=trusted)
+    result = _measure(model, config, trusted=trusted, resume=unfinished, **options)
     summary = {**result.summary, "weights": which, "model": config.model.name}
     summary["protocol"] = plain({**summary["protocol"], "weights": which})
-    wanted = name or _name_of(options["attacks"], summary["split"])
     summary["name"] = _free_name(folder, wanted, summary["protocol"])
     result = Evaluation(summary, result.samples, result.gallery)
-    result.save(folder.path, summary["name"])
+    if console.leading():
+        result.save(folder.path, summary["name"])
+        discard(unfinished)
     return result
 
 
+def _unfinished(folder: RunFolder, name: str) -> Path:
+    return folder.path / "evaluations" / f".partial-{name}.npz"
+
+
 def evaluate_model(name: str, weights: str | Path | None, **options: Any) -> Evaluation:
-    """Evaluate a model built by name with weights from a file (pretrained ones without a file)."""
-    config = resolve({"data": {"name": options["data"]}, "model": {"name": name}}, overrides=options.get("overrides", ()))
+    """Evaluate a model built by name with weights from a file.
+
+    Pretrained ones of timm and torchvision need no file, nor does a package.module:callable that brings its own weights.
+    """
+    # Nothing has to be held out of the training images unless they are asked for.
+    kept = {"validation": 0} if options.get("split", "test") == "test" else {}
+    table = {"data": {"name": options["data"], **kept}, "model": {"name": name}}
+    config = resolve(table, overrides=options.get("overrides", ()))
     foreign = name.partition(":")[0] in ("timm", "torchvision")
-    if weights is None and not foreign:
+    if weights is None and ":" not in name:
         raise UsageError(
             f"The model {name!r} has no weights: give --weights FILE (safetensors, or a state dict of plain tensors)."
         )
     splits = data_of(config)
     size = (len(splits.classes), splits.channels, splits.image_size)
-    model = create_model(name, *size, pretrained=weights is None, **config.model.options)
+    model = create_model(name, *size, pretrained=weights is None and foreign, **config.model.options)
     if weights is not None:
-        state, path = read_state(weights), Path(weights)
-        own = set(model.state_dict())
-        # Public checkpoints know nothing of our first layer: they fill the network behind it.
-        fill(model if own & set(state) else model.net, state, path)
-    result = _measure(model.eval(), RunConfig(), **options)
+        fill_foreign(model, read_state(weights), Path(weights))
+    result = _measure(model.eval(), resolve({"data": kept}), **options)
     return Evaluation({**result.summary, "model": name}, result.samples, result.gallery)
 
 
@@ -88,6 +104,9 @@ def _measure(
     teacher: str | Path | None = None,
     overrides: Sequence[str] = (),
     trusted: bool = False,
+    sanity: int = 128,
+    resume: Path | None = None,
+    transfer_from: str | Path | None = None,
 ) -> Evaluation:
     table = config.table()
     if data is not None:
@@ -97,6 +116,9 @@ def _measure(
     master = _teacher_of(config, teacher, use_own=data is None, trusted=trusted)
     teacher = teacher or (config.teacher.run if config.teacher and master else None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if transfer_from is not None:
+        source = load_model(RunFolder(transfer_from).require().path, trusted=trusted).to(device)
+        attacks = _with_transfer(attacks, source)
     result = evaluate(
         model.to(device),
         chosen,
@@ -105,6 +127,8 @@ def _measure(
         teacher=master,
         batch_size=config.evaluation.batch_size,
         seed=seed,
+        sanity=sanity,
+        resume=resume,
     )
     summary = result.summary
     protocol = {
@@ -115,12 +139,23 @@ def _measure(
         "limit": limit,
         "seed": seed,
         "teacher": str(teacher) if teacher else None,
+        **({"transfer_from": str(transfer_from)} if transfer_from is not None else {}),
         "batch_size": config.evaluation.batch_size,
     }
     facts: dict[str, Any] = {"data": config.data.name, "split": split, "protocol": protocol}
     if teacher:
         facts["agreement"] = {**result.summary["agreement"], "teacher": str(teacher)}
     return Evaluation({**result.summary, **facts}, result.samples, result.gallery)
+
+
+def _with_transfer(attacks: Mapping[str, Any], source: nn.Module) -> dict[str, Attack]:
+    """The attacks, and the first once more: crafted on `source`."""
+    from overproof.attacks.transfer import Transfer
+
+    made = make_attacks(attacks)
+    if not made:
+        raise UsageError("--transfer-from needs an attack to craft with, for example --attack pgd.")
+    return {**made, "transfer": Transfer(inner=next(iter(made.values())), source=source)}
 
 
 def _teacher_of(config: RunConfig, wanted: str | Path | None, *, use_own: bool, trusted: bool) -> nn.Module | None:
@@ -165,7 +200,7 @@ def judge_run(
     folder: RunFolder,
     attacks: Mapping[str, Attack] | None = None,
 ) -> None:
-    """Evaluate the best and the last weights on the test set, once if they are the same."""
+    """Evaluate the best and the last weights on the test set, once if they are the same; all processes share the work."""
     if data.test is None:
         return
     wanted = list(config.evaluation.weights)
@@ -183,8 +218,14 @@ def judge_run(
                 batch_size=config.evaluation.batch_size,
                 seed=config.seed,
                 classes=data.classes,
+                sanity=SANITY,
+                resume=_unfinished(folder, f"test-{which}"),
             )
         facts: dict[str, Any] = {"weights": which, "data": config.data.name, "split": "test", "model": config.model.name}
         if done.summary["agreement"] and config.teacher is not None:
             facts["agreement"] = {**done.summary["agreement"], "teacher": config.teacher.run or config.teacher.name}
-        Evaluation({**done.summary, **facts}, done.samples, done.gallery).save(folder.path, f"test-{which}")
+        if console.leading():
+            Evaluation({**done.summary, **facts}, done.samples, done.gallery).save(folder.path, f"test-{which}")
+    if console.leading():  # only now: a run stopped between the two does not repeat the first
+        for which in wanted:
+            discard(_unfinished(folder, f"test-{which}"))

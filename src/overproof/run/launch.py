@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from overproof.config import RunConfig, TrainConfig
+from overproof import console
+from overproof.config import RunConfig
 from overproof.errors import UsageError
 from overproof.folder import RunFolder
 from overproof.methods import METHODS
@@ -27,7 +28,7 @@ def launched(config: RunConfig, folder: RunFolder) -> Iterator[Any]:
     from lightning.fabric.strategies import DDPStrategy
 
     train = config.train
-    devices, nodes = _devices(train)
+    devices, nodes = _devices(train.devices, train.nodes)
     strategy: Any = train.strategy
     if strategy == "ddp" or nodes > 1 or devices not in (1, "1"):
         phases = getattr(METHODS.get(config.method.name).load(), "phases", ("train",))
@@ -55,16 +56,39 @@ def launched(config: RunConfig, folder: RunFolder) -> Iterator[Any]:
                 logger.experiment.finish()
 
 
-def _devices(train: TrainConfig) -> tuple[int | str, int]:
-    """Under torchrun its processes count; devices=1 would make each of them train alone."""
+@contextmanager
+def processes(devices: int | str | None = None, accelerator: str = "auto") -> Iterator[None]:
+    """The processes that torchrun started, or else as many as `devices` says, joined for an evaluation; only the first speaks.
+
+    Raises:
+        UsageError: this machine has not so many devices.
+    """
+    global _spawned
+    places = dict(zip(("devices", "num_nodes"), _devices(1 if devices is None else devices, 1), strict=True))
+    if places in ({"devices": 1, "num_nodes": 1}, {"devices": "1", "num_nodes": 1}):
+        yield
+        return
+    from lightning.fabric import Fabric
+
+    _only_once()
+    try:
+        fabric = Fabric(strategy="ddp", accelerator=accelerator, **places)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"This machine cannot serve --devices {devices}: {error}") from error
+    fabric.launch()
+    _spawned = _spawned or fabric.world_size > 1
+    with console.quiet_unless(console.leading()):
+        yield
+
+
+def _devices(devices: int | str, nodes: int) -> tuple[int | str, int]:
+    """Under torchrun its processes count; devices=1 would make each of them work alone."""
     world, local = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
-        if train.devices not in (1, "auto", local):
-            raise UsageError(
-                f"train.devices={train.devices}, but torchrun started {local} processes here; leave --devices out."
-            )
+        if devices not in (1, "auto", local):
+            raise UsageError(f"devices={devices}, but torchrun started {local} processes here; leave --devices out.")
         return local, world // local
-    return train.devices, train.nodes
+    return devices, nodes
 
 
 def _only_once() -> None:

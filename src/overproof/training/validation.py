@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from overproof.attacks.base import Attack
-from overproof.evaluation.verdicts import seeded, verdict
+from overproof.attacks.randomness import Streams
+from overproof.evaluation.verdicts import verdict
 from overproof.losses.divergences import cross_entropy
 from overproof.networks import full_precision, in_mode
 
@@ -50,8 +51,8 @@ def validate(
                 images, labels = batch.images[chosen], batch.labels[chosen]
                 sums[4] += count
                 if len(chosen):
-                    generator = seeded(fabric.device, seed, "validation", number)
-                    sums[3] += (verdict(attack, model, images, labels, generator).predictions == labels).sum()
+                    streams = Streams.named(batch.index[chosen], seed, "validation")
+                    sums[3] += (verdict(attack, model, images, labels, streams).predictions == labels).sum()
     total = fabric.all_reduce(sums, reduce_op="sum").tolist()
     result = {"clean": total[0] / total[2], "loss": total[1] / total[2]}
     return result | ({"robust": total[3] / total[4]} if attack is not None else {})

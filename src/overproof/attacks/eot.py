@@ -1,0 +1,63 @@
+"""Expectation over transformation: attack the average of a model that rolls dice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from overproof.attacks.base import logits_of
+from overproof.attacks.combined import Wrapper
+from overproof.attacks.randomness import Streams
+from overproof.errors import UsageError
+from overproof.networks import in_mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class EOT(Wrapper):
+    """Run an attack on E_t[log softmax f_t(x)], estimated with fresh randomness at every call of the model.
+
+    Args:
+        inner, eps, norm, targeted: see `Wrapper`.
+        samples: forward passes per call, at least 1; 20 is the habit of AutoAttack's version for random defences.
+
+    Raises:
+        UsageError: samples below 1.
+
+    Reference: Athalye, Engstrom, Ilyas, Kwok, ICML 2018, arXiv 1707.07397.
+
+    Differences from the paper: the average is taken of log-probabilities of the model, before the attack's loss, so that
+    every attack of this package can be wrapped. A model that draws from the global generator is made repeatable by seeding a
+    fork of it, but its draws are shared by the batch: results are equal for equal batches only.
+    """
+
+    samples: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 1:
+            raise UsageError(f"EOT(samples={self.samples}): at least 1.")
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Adversarial images."""
+        streams = Streams.of(generator, images)
+        devices = [images.device] if images.is_cuda else []
+        with in_mode(model), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(streams.initial_seed())
+            return self.attack(Averaged(model, self.samples), images, labels, streams)
+
+
+class Averaged(nn.Module):
+    """The mean log-probability of `samples` passes through a random model."""
+
+    def __init__(self, model: nn.Module, samples: int) -> None:
+        super().__init__()
+        self.model, self.samples = model, samples
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> log-probabilities (N, K), up to a constant per image."""
+        total = logits_of(self.model, images).log_softmax(dim=1)
+        for _ in range(self.samples - 1):
+            total = total + logits_of(self.model, images).log_softmax(dim=1)
+        return total / self.samples

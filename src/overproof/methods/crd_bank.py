@@ -1,0 +1,133 @@
+"""The memory of contrastive distillation: an embedding of every training image by both networks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from overproof.errors import UsageError
+
+UNKNOWN = -1
+
+
+class Bank(nn.Module):
+    """Unit vectors of all training images, student and teacher side, with the classes seen so far.
+
+    Rows begin uniform in +-1 / sqrt(d / 3), as in the authors' code.
+
+    Args:
+        dim: length d of a row.
+        rows: training images M; None: the bank grows to the largest index it meets.
+        momentum: share of the old row that is kept, in [0, 1).
+    """
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+    log_z: Tensor
+    begun: Tensor
+
+    def __init__(self, dim: int, rows: int | None, *, momentum: float) -> None:
+        super().__init__()
+        self.dim, self.fixed, self.momentum = dim, rows is not None, momentum
+        for name in ("student", "teacher"):
+            self.register_buffer(name, self._fresh(rows or 0))
+        self.register_buffer("labels", torch.full((rows or 0,), UNKNOWN))
+        self.register_buffer("log_z", torch.zeros(2))
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
+        self._order: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _fresh(self, rows: int) -> Tensor:
+        bound = 1 / math.sqrt(self.dim / 3)
+        return torch.empty(rows, self.dim).uniform_(-bound, bound)
+
+    def open(self, index: Tensor, labels: Tensor) -> None:
+        """Take in the classes of this batch; of all processes, if there are several.
+
+        Raises:
+            UsageError: an index beyond the bank.
+        """
+        index, labels = _everyones(index), _everyones(labels)
+        largest = int(index.max()) + 1
+        if largest > len(self) and self.fixed:
+            raise UsageError(
+                f"crd: the image with index {largest - 1} has no row in the bank of {len(self)}: give samples={largest} or more, and "
+                "data whose index counts from 0."
+            )
+        if largest > len(self):
+            extra = largest - len(self)
+            for name in ("student", "teacher"):
+                rows: Tensor = getattr(self, name)
+                setattr(self, name, torch.cat([rows, self._fresh(extra).to(rows)]))
+            self.labels = torch.cat([self.labels, self.labels.new_full((extra,), UNKNOWN)])
+            self._order = None
+        if not torch.equal(self.labels[index], labels):
+            self.labels[index] = labels
+            self._order = None
+
+    @torch.no_grad()
+    def remember(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:
+        """row <- unit(momentum row + (1 - momentum) new) for the images `index` (N,); of all processes, if there are several."""
+        everyone = _everyones(index)
+        for name, new in (("student", student), ("teacher", teacher)):
+            rows: Tensor = getattr(self, name)
+            mixed = self.momentum * rows[everyone] + (1 - self.momentum) * _everyones(new.detach()).to(rows)
+            # Not in place: the graph of the present step still needs the rows as they were.
+            setattr(self, name, rows.index_copy(0, everyone, F.normalize(mixed, dim=1)))
+
+    @torch.no_grad()
+    def set_scale(self, log_z: Tensor) -> None:
+        """Keep log Z (2,) of both sides from now on; of several processes their mean."""
+        self.log_z = _everyones(log_z[None]).mean(dim=0).to(self.log_z)
+        self.begun = torch.ones_like(self.begun)
+
+    def draw_others(self, labels: Tensor, count: int) -> Tensor:
+        """Rows of other classes, uniformly with replacement, (N, count); classes not seen yet count as other."""
+        order, starts, sizes = self._sorted(labels)
+        rest = (len(self) - sizes).clamp_min(1)
+        drawn = (torch.rand(len(labels), count, device=labels.device, dtype=torch.float64) * rest[:, None]).long()
+        drawn = drawn + (drawn >= starts[:, None]) * sizes[:, None]  # jump over the class's own block
+        return order[drawn.clamp_max(len(self) - 1)]
+
+    def draw_same(self, labels: Tensor) -> Tensor:
+        """A row of the same class for each label, (N,)."""
+        order, starts, sizes = self._sorted(labels)
+        drawn = (torch.rand(len(labels), device=labels.device, dtype=torch.float64) * sizes).long()
+        return order[starts + drawn]
+
+    def _sorted(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows in the order of their classes, and where the block of each label begins and how long it is."""
+        if self._order is None:
+            order = self.labels.argsort(stable=True)
+            self._order = order, self.labels[order].contiguous()
+        order, classes = self._order
+        starts = torch.searchsorted(classes, labels.contiguous())
+        return order, starts, torch.searchsorted(classes, labels.contiguous(), right=True) - starts
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = state.get(f"{prefix}labels")
+        if saved is not None and len(saved) != len(self):
+            if self.fixed:
+                raise UsageError(
+                    f"crd: the checkpoint's bank holds {len(saved)} images, the training set {len(self)}. Resume with the data the "
+                    "run began with, or begin anew."
+                )
+            for name in ("student", "teacher", "labels"):
+                setattr(self, name, torch.empty_like(state[prefix + name], device=getattr(self, name).device))
+        self._order = None
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def _everyones(tensor: Tensor) -> Tensor:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

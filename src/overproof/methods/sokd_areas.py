@@ -1,0 +1,71 @@
+"""SoKD's detector of distinctive areas: one head looks at both networks and says where both have something to say."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Overlap = Literal["sum", "square", "union"]
+
+
+class AreaHead(nn.Module):
+    """Three branches over a map (N, C, H, W), each 3x3 convolution, ReLU, 1x1 convolution, ReLU.
+
+    Args:
+        channels: C.
+        kinds: channels of the heat map.
+    """
+
+    def __init__(self, channels: int, kinds: int) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, outputs, 1), nn.ReLU())
+            for outputs in (kinds, 2, 2)
+        )
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(N, kinds + 4, H, W): heat in [0.5, 1), then width, height and the centre's offset (x, y) in cells, at least 0."""
+        heat, size, offset = (branch(feature) for branch in self.branches)
+        return torch.cat([heat.sigmoid(), size, offset], dim=1)
+
+
+def find_boxes(areas: Tensor, count: int, *, smallest: float = 0.0) -> Tensor:
+    """The corners of the `count` hottest boxes, (N, count, 4) as x1, y1, x2, y2: whole cells, ends included.
+
+    Local maxima of the heat over 3x3 cells, the highest first; centre = cell + offset, corners = centre -+ size / 2, kept
+    inside the map and truncated.
+
+    Args:
+        areas: what `AreaHead` says of the student, (N, kinds + 4, H, W).
+        count: boxes P, at most H W.
+        smallest: least width and height of a box, as a share of the map's.
+    """
+    heat, (height, width) = areas[:, :-4], areas.shape[2:]
+    peaks = heat * (heat == F.max_pool2d(heat, 3, stride=1, padding=1))
+    cell = peaks.flatten(1).topk(count, dim=1).indices % (height * width)
+    column, row = cell % width, cell // width
+    there = areas[:, -4:].flatten(2).gather(2, cell[:, None].expand(-1, 4, -1))
+    wide, high, dx, dy = there.unbind(dim=1)
+    wide, high = wide.clamp_min(smallest * width), high.clamp_min(smallest * height)
+    x, y = column + dx, row + dy
+    corners = torch.stack([x - wide / 2, y - high / 2, x + wide / 2, y + high / 2], dim=2)
+    limits = torch.tensor([width - 1, height - 1, width - 1, height - 1], device=areas.device, dtype=corners.dtype)
+    return torch.minimum(corners.clamp_min(0), limits).long()
+
+
+def count_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """How many boxes cover each cell, (N, 1, H, W); boxes (N, P, 4) as `find_boxes` gives them."""
+    rows, columns = (torch.arange(side, device=boxes.device) for side in size)
+    x1, y1, x2, y2 = boxes[..., None].unbind(dim=2)
+    inside_x = (columns >= x1) & (columns <= x2)
+    inside_y = (rows >= y1) & (rows <= y2)
+    return (inside_y[:, :, :, None] & inside_x[:, :, None, :]).sum(dim=1, keepdim=True)
+
+
+def cell_weights(counts: Tensor, overlap: Overlap) -> Tensor:
+    """Weights of the squared difference: n (the paper's sum over boxes), n^2 (the authors' code) or min(n, 1)."""
+    return counts if overlap == "sum" else counts.square() if overlap == "square" else counts.clamp_max(1)
