@@ -10,7 +10,7 @@ setuptools dropped, to be built and to be imported, so build that first, without
 
 A library that is not there is left out and named. Every library's images are judged by our `verdict` (range, distance and
 prediction again), the time is that of the attack call alone, all see the images that the model gets right in batches of the same
-size, on a model in eval mode with frozen weights (which spares the peers the weight gradients). Measurements shorter than 20
+size, on a model in eval mode with frozen weights (which spares the peers the weight gradients). Measurements shorter than 10
 seconds are repeated three times, taking turns, and the median counts. Peers stop no image early in PGD; ours does (and is
 also shown without). A peer is correct if its robust accuracy is at most 0.5 points above ours; a ratio is our time divided by that
 of the fastest correct peer, and `equal` says that ours is never above the best peer's by more than 0.5 points (AutoAttack: 0.3).
@@ -43,7 +43,7 @@ from overproof.evaluation.verdicts import verdict
 from overproof.folder import write_json
 from overproof.run.environment import environment
 
-LONG, REPEATS, SLACK = 20.0, 3, 0.005
+LONG, REPEATS, SLACK = 10.0, 3, 0.005
 KEYS = {"pgd": "pgd", "autoattack": "autoattack_standard", "fast": "autoattack_fast"}
 Row = dict[str, Any]
 

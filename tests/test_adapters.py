@@ -240,7 +240,7 @@ def test_vandal_leaves_no_trace(
 
 @pytest.mark.usefixtures("stranger")
 def test_vandal_is_pulled_onto_the_ball_and_judged_there(conv: nn.Module, correct: tuple[torch.Tensor, torch.Tensor]) -> None:
-    check_attack(foreign_attack("torchattacks:Vandal", eps=0.05, strength=10))
+    check_attack(foreign_attack("torchattacks:Vandal", eps=0.05, strength=10), alone=False)
     result = verdict(foreign_attack("torchattacks:Vandal", eps=0.05, strength=10), conv, *correct)
     assert not result.invalid.any()
     torch.testing.assert_close(result.images, (correct[0] + 0.05).clamp(0, 1))
@@ -349,7 +349,7 @@ def test_under_inference_mode(stranger: types.ModuleType, linear: nn.Module) -> 
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_attacks_keep_the_contract(name: str) -> None:
-    check_attack(foreign_attack(needs(name), **REAL[name]))
+    check_attack(foreign_attack(needs(name), **REAL[name]), alone=False)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_readme_commands_name_real_options() -> None:
     """Every command of the README is understood (shown by asking each for its help) and its options exist."""
     from overproof.cli import app
 
-    text = "\n".join(blocks(ROOT / "README.md", "sh"))
+    text = "\n".join(blocks(ROOT / "README.md", "sh") + blocks(ROOT / "docs" / "attacks.md", "sh"))
     commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("overproof")]
     assert len(commands) >= 4
     for _, *words in commands:

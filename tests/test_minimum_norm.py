@@ -146,6 +146,30 @@ def test_linear_optimum_at_the_box(attack: MinimumNormAttack, slack: float) -> N
     assert 1 - 1e-6 < ratio <= 1 + slack + 1e-9, ratio
 
 
+@pytest.mark.parametrize(
+    "attack", [a for a, _ in EXACT.values() if not isinstance(a, CarliniWagner)], ids=lambda a: f"{a.norm}"
+)
+def test_black_and_white_images(attack: MinimumNormAttack) -> None:
+    """Only values that can move count: the distance is the gap over the dual norm of their weights."""
+    torch.manual_seed(11)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(100, 2)).double()
+    images = torch.randint(0, 2, (8, 1, 10, 10)).double()
+    labels = torch.zeros(8, dtype=torch.long)
+    weight = (model[1].weight[1] - model[1].weight[0]).detach()
+    gaps = 0.05 + 0.01 * torch.arange(8, dtype=torch.float64)
+    x, slope = images.flatten(1), weight.expand(8, 100)
+    inward = slope.masked_fill(((x == 0) & (slope < 0)) | ((x == 1) & (slope > 0)), 0)
+
+    offsets = x @ weight + gaps
+    best = gaps / torch.linalg.vector_norm(inward, DUAL[attack.norm], dim=1)
+    for image, label, offset, size in zip(images.split(1), labels.split(1), offsets, best, strict=True):
+        with torch.no_grad():
+            model[1].bias.copy_(torch.stack([model[1].bias[0], model[1].bias[0] - offset]))
+        found = attack(model, image, label)
+        assert int(model(found).argmax(1)) == 1
+        assert float(attack.threat.size(found - image)) <= 1.05 * float(size)
+
+
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_l0_changes_as_few_values_as_possible(count: int) -> None:
     """Grey images can move each value by 0.5: the k largest weights must outweigh the margin."""
@@ -303,6 +327,15 @@ def test_confident_models_have_gradients() -> None:
     for attack in (DDN(), FMN(), DeepFool()):
         ratio = L2(math.inf).size(attack(model, images, labels) - images) / optimum(model, images, labels, "L2")
         assert ((ratio > 0.999) & (ratio < 1.05)).all(), (attack, ratio)
+
+
+@pytest.mark.parametrize("radius", [1e-4, 4.0])
+def test_any_first_radius_will_do(radius: float) -> None:
+    model = planes((1, 4, 4), 2, torch.float64)
+    images, labels = near_centre(model, 3, (1, 4, 4), torch.float64)
+    found = DDN(radius=radius, steps=200)(model, images, labels)
+    ratio = L2(math.inf).size(found - images) / optimum(model, images, labels, "L2")
+    assert ((ratio > 0.999) & (ratio < 1.05)).all(), ratio
 
 
 def test_a_tie_is_no_success() -> None:

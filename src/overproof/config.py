@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from overproof.errors import UnknownNameError, UsageError
 from overproof.registry import convert
@@ -66,9 +66,19 @@ class TeacherConfig(_Open):
 
 
 class MethodConfig(_Open):
-    """[method] - further keys are the method's options."""
+    """[method] - further keys are the method's options. Several methods, as a list or "kd,crd", are composed."""
 
     name: str = "ce"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        table = dict(value) if isinstance(value, dict) else {"name": value}
+        name = table.get("name")
+        names = [part.strip() for part in name.split(",")] if isinstance(name, str) else name
+        if isinstance(names, list) and len(names) > 1:
+            return {**table, "name": "composed", "methods": names}
+        return {**table, "name": names[0]} if isinstance(names, list) and names else value
 
 
 class TrainConfig(_Section):

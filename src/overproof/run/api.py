@@ -82,7 +82,7 @@ def distill(
     teacher: nn.Module | str | Path,
     data: Any,
     *,
-    method: str = "kd",
+    method: str | Sequence[str] = "kd",
     out: str | Path | None = None,
     validation_data: Any = None,
     test_data: Any = None,
@@ -98,6 +98,7 @@ def distill(
     Args:
         student: as `model` in `train`.
         teacher: images in [0, 1] -> logits (N, K), left as it is; or a run folder.
+        method: registered name of a method, or several that are added up (with `weights` and `options` by name).
         all others: see `train`.
 
     Returns:
@@ -110,7 +111,7 @@ def distill(
 
 
 def _start(teacher: Any, student: Any, data: Any, given: dict[str, Any]) -> Run:
-    method = given["method"]
+    method = given["method"] if isinstance(given["method"], str) else ",".join(given["method"])
     layer = _sort(method, given["options"])
     own_data = isinstance(data, str)
     layer["data"] = {"name": data if own_data else USER, **layer["data"]}
@@ -136,13 +137,13 @@ def _start(teacher: Any, student: Any, data: Any, given: dict[str, Any]) -> Run:
         data=None if own_data else _data(data, given["validation_data"], given["test_data"]),
         attacks=attacks or None,
     )
-    out = given["out"] if given["out"] is not None else _free(method)
+    out = given["out"] if given["out"] is not None else _free(method.replace(",", "-"))
     return execute(config, out, parts=parts, resume=given["resume"])
 
 
 def _sort(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Each option into the section that knows it."""
-    of_method = METHODS.get(method).options()
+    of_method = METHODS.get("composed" if "," in method else method).options()
     of_data = {name for name in DataConfig.model_fields if name != "name"}
     layer: dict[str, Any] = {"train": {}, "method": {"name": method}, "data": {}}
     for name, value in options.items():

@@ -13,7 +13,7 @@ from torch import nn
 from overproof import console
 from overproof.attacks.base import Attack, logits_of
 from overproof.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
-from overproof.data import DATA, Splits, build_augment, load_data, make_loader
+from overproof.data import DATA, ImageSet, Splits, StreamSet, build_augment, load_data, make_loader
 from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation.curves import check_curve
 from overproof.evaluation.evaluator import make_attacks
@@ -74,6 +74,10 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
         )
     if config.train.cache_teacher and config.teacher is None:
         raise UsageError("train.cache_teacher=true needs a teacher.")
+    if config.train.cache_teacher and {"features", "composition"} & set(entry.tags):
+        raise UsageError(
+            f"train.cache_teacher=true keeps the teacher's logits, but {config.method.name!r} needs its features. Drop it."
+        )
     _check_section("model", config.model, MODELS)
     _check_section("data", config.data, DATA)
     build_augment(config.data.augment, classes=2)
@@ -95,7 +99,15 @@ def _check_section(kind: str, section: DataConfig | ModelConfig, registry: Regis
 
 
 def _with_attack(config: RunConfig, entry: Entry) -> RunConfig:
-    options = {**{o.name: o.default for o in entry.options().values()}, **entry.check(config.method.options)}
+    given = entry.check(config.method.options)
+    if entry.name == "composed":  # the threat is that of its first robust part
+        names, of_parts = given.get("methods", entry.options()["methods"].default), given.get("options") or {}
+        robust = next((name for name in names if name in METHODS and "robust" in METHODS.get(name).tags), None)
+        if robust is None:
+            return config
+        entry = METHODS.get(robust)
+        given = entry.check(of_parts.get(robust, {}))
+    options = {**{o.name: o.default for o in entry.options().values()}, **given}
     if "robust" not in entry.tags or config.evaluation.attacks or not {"eps", "norm"} <= set(options):
         return config
     attack = {"attack": "pgd", "steps": 20, "eps": options["eps"], "norm": options["norm"]}
@@ -130,10 +142,21 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     if teacher is not None and teacher is student:
         raise UsageError("Student and teacher are the same module; give the student its own.")
     networks = (student,) if teacher is None else (student, teacher)
-    width = _probe(networks, splits)
+    width, shape = _probe(networks, splits)
     if isinstance(splits, UserData) and not splits.classes:
         splits = replace(splits, classes=tuple(map(str, range(width))))  # so that labels are checked
-    return METHODS.create(config.method.name, *networks, **config.method.options), splits
+    # What a method may want to know about the data, and nobody has to say.
+    known: dict[str, Any] = {"image_shape": shape} | ({"samples": len(splits.train)} if _sized(splits.train) else {})
+    asked = METHODS.get(config.method.name).options()
+    found = {key: value for key, value in known.items() if key in asked}
+    return METHODS.create(config.method.name, *networks, **{**found, **config.method.options}), splits
+
+
+def _sized(data: Any) -> bool:
+    """Whether `len` counts images: that of a loader counts batches."""
+    from torch.utils.data import Dataset
+
+    return isinstance(data, ImageSet | StreamSet | Dataset) and hasattr(data, "__len__")
 
 
 def data_of(config: RunConfig) -> Splits:
@@ -185,7 +208,7 @@ def _teacher(config: TeacherConfig, splits: Splits | UserData, trusted: bool) ->
     return model
 
 
-def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> int:
+def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> tuple[int, tuple[int, int, int]]:
     """One forward pass each: channels, size and class counts must fit before anything is written."""
     batch = next(iter(make_loader(splits.train, 2).batches(0)))
     images = batch.images[:2]
@@ -208,4 +231,5 @@ def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> int:
         )
     if splits.classes and widths[0] < len(splits.classes):
         raise UsageError(f"The model has {widths[0]} outputs, the data {len(splits.classes)} classes.")
-    return widths[0]
+    channels, height, breadth = images.shape[1:]
+    return widths[0], (channels, height, breadth)

@@ -52,11 +52,16 @@ def _assert_same(before: dict[str, Any], module: nn.Module, who: str) -> None:
         assert old is None or torch.equal(old, new), f"{who} changed a parameter's gradient"
 
 
-def check_attack(attack: Attack) -> None:
+def check_attack(attack: Attack, *, alone: bool = True) -> None:
     """Assert the contract of an attack.
 
     Shape, type, range and budget for batches of 1, 3 and 8 and odd shapes; the originals untouched; the same result for the
-    same generator; the model's parameters, buffers, modes, gradients, flags and hooks as before, whatever mode it was in.
+    same generator; the model's parameters, buffers, modes, gradients, flags and hooks as before, whatever mode it was in;
+    a batch gives what its images give one by one.
+
+    Args:
+        attack: any value with the contract of `attacks.Attack`.
+        alone: assert the last point too; an attack that draws its random numbers for the whole batch cannot keep it.
 
     Raises:
         AssertionError: names what was broken.
@@ -80,6 +85,18 @@ def check_attack(attack: Attack) -> None:
             assert bool((size <= attack.threat.eps * (1 + 1e-5) + 1e-6).all()), f"distance {size.max():.6g} is over budget"
             again = attack(model, batch.images, batch.labels, torch.Generator().manual_seed(1))
             assert torch.equal(found, again), "the same generator gave another result"
+    if alone:
+        _check_alone(attack)
+
+
+def _check_alone(attack: Attack) -> None:
+    # In double precision: other batch sizes round differently, and a sign of a tiny gradient must not turn over that.
+    model, batch = small_model(5).double().eval(), small_batch(5, seed=2)
+    images, generator = batch.images.double(), torch.Generator().manual_seed(3)
+    together = attack(model, images, batch.labels, torch.Generator().manual_seed(3))
+    parts = [attack(model, images[i : i + 1], batch.labels[i : i + 1], generator) for i in range(len(images))]
+    apart = (together - torch.cat(parts)).flatten(1).abs().amax(dim=1)
+    assert bool((apart <= 1e-6).all()), f"a batch gives other images than its images one by one: differences {apart.tolist()}"
 
 
 def check_method(build: Callable[..., Objective], *, teacher: bool = True) -> None:
