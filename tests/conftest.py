@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 if not os.environ.get("OVERPROOF_TEST_CUDA"):  # tests compare on the CPU; tests/test_cuda.py says how to run the others
@@ -12,12 +13,20 @@ import pytest
 import torch
 from torch import nn
 
+from overproof import console
 from overproof.data import Splits, load_data
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _as_talkative_as_before() -> Iterator[None]:
+    """A test that silences the console does so for itself alone."""
+    with console.quiet_unless(True):
+        yield
 
 
 @pytest.fixture(scope="session")

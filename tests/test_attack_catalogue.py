@@ -26,7 +26,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "eot": {"inner": "fgsm", "samples": 2},
     "fab": {"steps": 4},
     "fmn": {"steps": 5},
-    "hop-skip-jump": {"queries": 60, "probes": 10},
+    "hop-skip-jump": {"queries": 100, "probes": 10},
     "noise": {"samples": 3},
     "pgd": {"steps": 3},
     "square": {"queries": 20},

@@ -23,3 +23,19 @@ def test_step_overhead_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert line["name"] == "step_overhead"
     assert set(line["ratios"]) == {"kd_resnet8", "kd_resnet20"}
     assert line["equal"] is True
+
+
+def test_peers_are_compared_with_the_fastest_correct_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    judged = runpy.run_path(str(ROOT / "benchmarks" / "attack_peers.py"))["judged"]
+    rows = {
+        "ours": {"robust": 0.50, "seconds": 2.0},
+        "ours, no early stop": {"robust": 0.50, "seconds": 9.0},
+        "weak and fast": {"robust": 0.60, "seconds": 1.0},
+        "correct": {"robust": 0.502, "seconds": 4.0},
+        "slow": {"robust": 0.50, "seconds": 8.0},
+    }
+    assert judged("pgd", rows) == (0.5, True)
+    assert judged("pgd", {**rows, "ours": {"robust": 0.51, "seconds": 2.0}})[1] is False
+    assert judged("autoattack", {**rows, "slow": {"robust": 0.496, "seconds": 8.0}})[1] is False
+    assert judged("pgd", {"ours": rows["ours"]}) == (None, True)

@@ -69,7 +69,8 @@ class Wrapper:
     targeted: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targeted", self.targeted or self.attack.targeted)
+        attack = self.attack  # built now: a wrong name or option is an error before any work begins
+        object.__setattr__(self, "targeted", self.targeted or attack.targeted)
 
     @property
     def attack(self) -> Attack:
