@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from overproof.folder import read_json, write_json
 from overproof.registry import convert
 
 SIZES = (250, 500, 1000, 2000, 10_000)
@@ -83,14 +84,18 @@ def main() -> None:
     if options.images:
         print(json.dumps(child(options)))
         return
-    rows = [measure(options, images) for images in SIZES]
+    rows = []
+    for images in SIZES:
+        kept = options.run / f"scaling-{options.eps.replace('/', '_')}-{images}.json"  # an interrupted measurement goes on
+        if not kept.exists():
+            write_json(kept, measure(options, images))
+        rows.append(read_json(kept))
     each = [row["seconds"] / row["images"] for row in rows]
     ratios = {f"seconds_per_image_{n}": round(value / each[0], 4) for n, value in zip(SIZES[1:], each[1:], strict=True)}
     peak = {row["images"]: max(row["mib"], 1.0) for row in rows}
     ratios["peak_memory_10000_to_1000"] = round(peak[10_000] / peak[1000], 4)
     line = {"name": "attack_scaling", "ratios": ratios, "equal": True}
     if options.save:
-        from overproof.folder import write_json
         from overproof.run.environment import environment
 
         about = f"AutoAttack, batch {options.batch}: seconds per image relative to 250 images; "

@@ -132,7 +132,7 @@ def write_table(results: Path, path: Path, home: Path | None = None) -> None:
 
 
 def _benchmarks(results: Path) -> list[str]:
-    """What `python benchmarks/NAME.py --save` left: our time divided by the other's."""
+    """What `python benchmarks/NAME.py --save` left: ratios, and the rows of each comparison where there are several."""
     lines: list[str] = []
     for path in sorted(results.glob("bench-*.json")):
         found = read_json(path)
@@ -143,10 +143,23 @@ def _benchmarks(results: Path) -> list[str]:
             "",
             found["about"],
             "",
-            "| case | our time / the other's | spread |",
+            "| case | ratio | spread |",
             "|---|---|---|",
         ]
-        lines += [f"| {key} | {ratio:.3f} | ± {found['spread'][key]:.3f} |" for key, ratio in found["ratios"].items()]
+        spread = {key: f"± {value:.3f}" for key, value in found.get("spread", {}).items()}
+        lines += [f"| {key} | {ratio:.3f} | {spread.get(key, '')} |" for key, ratio in found["ratios"].items()]
+        for name, comparison in found.get("table", {}).items():
+            lines += [
+                "",
+                f"{name}:",
+                "",
+                "| who | robust % | seconds | forward / image | backward / image |",
+                "|---|---|---|---|---|",
+            ]
+            lines += [
+                f"| {who} | {100 * row['robust']:.2f} | {row['seconds']:.2f} | {row['forward']:.1f} | {row['backward']:.1f} |"
+                for who, row in comparison["rows"].items()
+            ]
         outcome = "equal" if found["equal"] else "NOT equal"
         lines += [
             "",
