@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -440,3 +441,15 @@ def test_logit_parts_share_logits_with_kd() -> None:
     torch.testing.assert_close(
         losses(small_batch(), NOW).losses["kd"].detach(), 4 * kl_divergence(t, z, temperature=2.0).mean()
     )
+
+
+def test_run_tells_methods_about_the_data(tmp_path: Path) -> None:
+    """A bank has a row for every index of the whole set, not of the part that is trained on; lists of methods are composed."""
+    from overproof import create_model, distill
+    from overproof.data import load_data
+
+    data = load_data("digits", seed=0, limit_train=64)
+    networks = [create_model("cnn", 10, 1, 8, widths=(4, 8)) for _ in range(2)]
+    run = distill(*networks, data, method=["kd", "crd"], epochs=1, batch_size=32, out=tmp_path / "run")
+    assert run.folder.config["method"]["methods"] == ["kd", "crd"]
+    assert run.folder.status["state"] == "done"

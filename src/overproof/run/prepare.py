@@ -13,7 +13,7 @@ from torch import nn
 from overproof import console
 from overproof.attacks.base import Attack, logits_of
 from overproof.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
-from overproof.data import DATA, ImageSet, Splits, StreamSet, build_augment, load_data, make_loader
+from overproof.data import DATA, ImageSet, Splits, build_augment, load_data, make_loader
 from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation.curves import check_curve
 from overproof.evaluation.evaluator import make_attacks
@@ -146,17 +146,22 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     if isinstance(splits, UserData) and not splits.classes:
         splits = replace(splits, classes=tuple(map(str, range(width))))  # so that labels are checked
     # What a method may want to know about the data, and nobody has to say.
-    known: dict[str, Any] = {"image_shape": shape} | ({"samples": len(splits.train)} if _sized(splits.train) else {})
+    known: dict[str, Any] = {"image_shape": shape, "samples": _rows(splits.train)}
     asked = METHODS.get(config.method.name).options()
-    found = {key: value for key, value in known.items() if key in asked}
+    found = {key: value for key, value in known.items() if key in asked and value is not None}
     return METHODS.create(config.method.name, *networks, **{**found, **config.method.options}), splits
 
 
-def _sized(data: Any) -> bool:
-    """Whether `len` counts images: that of a loader counts batches."""
+def _rows(data: Any) -> int | None:
+    """How many rows a table by `Batch.index` needs; None where it cannot be known. (`len` of a loader counts batches.)"""
     from torch.utils.data import Dataset
 
-    return isinstance(data, ImageSet | StreamSet | Dataset) and hasattr(data, "__len__")
+    if isinstance(data, ImageSet):
+        return int(data.index.max()) + 1  # a part of a set keeps the numbers of the whole
+    index = getattr(data, "index", None)
+    if isinstance(index, torch.Tensor) and len(index):
+        return int(index.max()) + 1
+    return len(data) if isinstance(data, Dataset) and hasattr(data, "__len__") else None
 
 
 def data_of(config: RunConfig) -> Splits:
