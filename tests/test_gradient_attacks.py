@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from overproof.attacks.apgd import APGD
 from overproof.attacks.apgd_climb import Found, climb
-from overproof.attacks.apgd_steps import LinfPace, SparsePace, project_l1
+from overproof.attacks.apgd_steps import LinfPace, SparsePace
 from overproof.attacks.base import BudgetAttack, predictions
 from overproof.attacks.bim import BIM
 from overproof.attacks.mifgsm import MIFGSM
 from overproof.attacks.objectives import attack_value
 from overproof.attacks.pgd import PGD
 from overproof.attacks.randomness import Streams
-from overproof.attacks.threats import L1, make_threat
+from overproof.attacks.threats import L1, make_threat, project_l1
 from overproof.errors import UsageError
 from overproof.losses.margins import dlr, margin, targeted_dlr
 from overproof.testing import check_attack, small_batch, small_model
@@ -315,7 +315,20 @@ def test_projection_is_the_nearest_point(eps: float) -> None:
     x = (torch.rand(40, 1, 12, 12, dtype=torch.float64) * 1.4 - 0.2).clamp(0, 1)
     spread = torch.logspace(-3, 1, 40, dtype=torch.float64).view(-1, 1, 1, 1)
     points = x + spread * torch.randn_like(x) * (torch.rand_like(x) < 0.5)
-    torch.testing.assert_close(project_l1(points, x, eps), L1(eps).project(points, x), atol=1e-7, rtol=0)
+    low, high = torch.zeros(40, dtype=torch.float64), (points - x).flatten(1).abs().amax(dim=1)
+
+    def shrunk(threshold: torch.Tensor) -> torch.Tensor:
+        change = (points - x).sign() * ((points - x).abs() - threshold.view(-1, 1, 1, 1)).clamp(min=0)
+        return (x + change).clamp(0, 1)
+
+    for _ in range(60):  # the soft threshold by plain bisection
+        middle = (low + high) / 2
+        over = L1(eps).size(shrunk(middle) - x) > eps
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    inside = L1(eps).size(points.clamp(0, 1) - x) <= eps
+    expected = torch.where(inside.view(-1, 1, 1, 1), points.clamp(0, 1), shrunk(high))
+    torch.testing.assert_close(project_l1(points, x, eps), expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(L1(eps).project(points, x), expected, atol=1e-9, rtol=0)
 
 
 def test_run_returns_its_best_point() -> None:
@@ -356,7 +369,7 @@ def test_success_counts_more_than_value() -> None:
     ],
 )
 def test_bad_options(options: dict) -> None:
-    with pytest.raises(UsageError, match=r"APGD\("):
+    with pytest.raises(UsageError, match=r"APGD\(|eps=inf"):
         APGD(**options)
 
 

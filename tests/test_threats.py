@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overproof.attacks import L1, L2, Linf, make_threat
+from overproof.attacks import L1, L2, PGD, Linf, make_threat
 from overproof.errors import UsageError
 
 NORMS = {"Linf": torch.inf, "L2": 2, "L1": 1}
@@ -81,3 +81,14 @@ def test_bad_radius_is_refused() -> None:
             make()
     with pytest.raises(UsageError, match="known: Linf"):
         make_threat("L3", 0.1)
+
+
+def test_attacks_and_methods_with_a_radius_want_a_finite_ball() -> None:
+    """Infinite radii and L0 are for measuring: nothing that walks in a ball takes them."""
+    from overproof.methods.pgd_at import PGDAT
+
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    for norm, eps in (("Linf", float("inf")), ("L2", float("inf")), ("L0", 3.0)):
+        for make in (lambda n, e: PGD(norm=n, eps=e), lambda n, e: PGDAT(network, norm=n, eps=e)):
+            with pytest.raises(UsageError, match="radius"):
+                make(norm, eps)

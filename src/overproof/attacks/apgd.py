@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.apgd_climb import Found, Look, climb
-from overproof.attacks.apgd_steps import make_pace, project_l1
+from overproof.attacks.apgd_steps import make_pace
 from overproof.attacks.ascent import differentiable, input_gradient
 from overproof.attacks.base import BudgetAttack, logits_of, won
 from overproof.attacks.objectives import AttackLoss, attack_value, check_loss
 from overproof.attacks.randomness import Streams, normal, uniform
-from overproof.attacks.threats import make_threat
+from overproof.attacks.threats import make_threat, per_image, project_l1
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 
@@ -154,8 +154,8 @@ class APGD(BudgetAttack):
         if self.norm == "L1":
             return images + normal(images, streams)
         change = uniform(images, streams, -1, 1) if self.norm == "Linf" else normal(images, streams)
-        length = make_threat(self.norm, self.eps).size(change).clamp(min=1e-12).view(-1, *[1] * (images.dim() - 1))
-        return (images + change * (self.eps / length)).clamp_(0, 1)
+        length = self.threat.size(change).clamp(min=1e-12)
+        return (images + change * per_image(self.eps / length, images)).clamp_(0, 1)
 
     def _phases(self, steps: int) -> list[tuple[float, int]]:
         if self.norm != "L1":

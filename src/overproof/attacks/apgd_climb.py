@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from overproof.attacks.apgd_steps import Pace
+from overproof.attacks.threats import per_image
 
 # look(points (M, C, H, W), rows (M,), gradient wanted) -> values (M,), success (M,), gradient like the points (or zeros)
 Look = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
-
-
-def _each(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 @dataclass
@@ -55,13 +52,13 @@ class _Path:
 
     def note(self, values: Tensor) -> None:
         higher = values > self.best_values
-        self.best = torch.where(_each(higher, self.x), self.x, self.best)
-        self.best_gradient = torch.where(_each(higher, self.x), self.gradient, self.best_gradient)
+        self.best = torch.where(per_image(higher, self.x), self.x, self.best)
+        self.best_gradient = torch.where(per_image(higher, self.x), self.gradient, self.best_gradient)
         self.best_values = torch.where(higher, values, self.best_values)
 
     def go_back(self, back: Tensor) -> None:
-        self.x = torch.where(_each(back, self.x), self.best, self.x)
-        self.gradient = torch.where(_each(back, self.x), self.best_gradient, self.gradient)
+        self.x = torch.where(per_image(back, self.x), self.best, self.x)
+        self.gradient = torch.where(per_image(back, self.x), self.best_gradient, self.gradient)
 
 
 def climb(look: Look, start: Tensor, pace: Callable[[Tensor], Pace], steps: int, *, stop: bool) -> Found:

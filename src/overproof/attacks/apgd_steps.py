@@ -7,11 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from overproof.attacks.threats import L1, L2, Linf, Threat
-
-
-def _each(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+from overproof.attacks.threats import L1, L2, Linf, Threat, per_image, project_l1
 
 
 class Pace(ABC):
@@ -56,7 +52,7 @@ class MomentumPace(Pace):
         self.eps, self.alpha, self.rho, self.first = eps, alpha, rho, True
         self.window, self.shorter, self.shortest = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
         self.previous = start
-        self.step = _each(torch.full_like(images.flatten(1)[:, 0], 2 * eps), images)
+        self.step = per_image(torch.full_like(images.flatten(1)[:, 0], 2 * eps), images)
         self.values = self.best_before = values
         self.rises = torch.zeros_like(values)
         self.halved = torch.ones_like(values, dtype=torch.bool)
@@ -116,12 +112,12 @@ class L2Pace(MomentumPace):
         self.images = images
 
     def direction(self, gradient: Tensor) -> Tensor:
-        return gradient / _each(gradient.flatten(1).norm(dim=1).clamp_(min=1e-12), gradient)
+        return gradient / per_image(gradient.flatten(1).norm(dim=1).clamp_(min=1e-12), gradient)
 
     def inside(self, points: Tensor) -> Tensor:
         change = points.sub_(self.images)
         scale = (self.eps / change.flatten(1).norm(dim=1).clamp_(min=1e-12)).clamp_(max=1)
-        return change.mul_(_each(scale, change)).add_(self.images).clamp_(0, 1)
+        return change.mul_(per_image(scale, change)).add_(self.images).clamp_(0, 1)
 
 
 class SparsePace(Pace):
@@ -163,29 +159,6 @@ class SparsePace(Pace):
         self.step = torch.where(sparser, self.eps, (self.step / 1.5).clamp_(min=self.eps / 10))
         self._follow(changed)
         return sparser.squeeze(1)
-
-
-def project_l1(points: Tensor, images: Tensor, eps: float, rounds: int = 10) -> Tensor:
-    """The nearest point of the L1 ball and the box together.
-
-    The change shrinks to min(max(|d_i| - t, 0), room_i); its size is piecewise linear in t, whose root Newton's method,
-    kept between brackets, finds in a handful of rounds. Should any be missing, scaling brings the change into the ball.
-    """
-    change = (points - images).flatten(1)
-    room = torch.where(change > 0, 1 - images.flatten(1), images.flatten(1))
-    length = change.abs()
-    low, high = torch.zeros_like(length[:, :1]), length.amax(dim=1, keepdim=True)
-    threshold = low
-    for _ in range(rounds):
-        rest = torch.minimum((length - threshold).clamp_(min=0), room)
-        over = rest.sum(dim=1, keepdim=True) - eps
-        slope = ((rest > 0) & (rest < room)).sum(dim=1, keepdim=True).clamp_(min=1)
-        low, high = torch.where(over > 0, threshold, low), torch.where(over > 0, high, threshold)
-        newton = threshold + over / slope
-        threshold = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
-    rest = torch.minimum((length - threshold).clamp_(min=0), room)
-    rest.mul_(eps / rest.sum(dim=1, keepdim=True).clamp_(min=max(eps, 1e-12))).mul_(change.sign())
-    return rest.view_as(images).add_(images).clamp_(0, 1)
 
 
 def make_pace(threat: Threat, images: Tensor, start: Tensor, values: Tensor, *, steps: int, alpha: float, rho: float) -> Pace:

@@ -46,7 +46,7 @@ class AutoAttack(BudgetAttack):
     Reference: Croce and Hein, ICML 2020, arXiv 2003.01690.
 
     Differences from the paper: "fast" and "quick" are ours. Square's L1 form is not part of ours: under L1 the set ends with
-    FAB. With fewer than four classes the plain DLR stands for the targeted one.
+    FAB. With fewer than four classes the difference of the two logits stands for the targeted DLR.
     """
 
     version: Version = "standard"

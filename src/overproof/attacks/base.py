@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.threats import AnyNorm, Norm, Threat, make_threat
+from overproof.attacks.threats import AnyNorm, Norm, Threat, make_ball, make_threat, per_image
 from overproof.errors import DataError, UsageError
 from overproof.networks import in_mode
 
@@ -58,14 +58,12 @@ class BudgetAttack:
     targeted: bool = False
 
     def __post_init__(self) -> None:
-        if math.isinf(self.eps):
-            raise UsageError(f"{type(self).__name__}(eps=inf): this attack needs a radius, such as 8/255.")
-        make_threat(self.norm, self.eps)
+        make_ball(self.norm, self.eps)
 
     @property
     def threat(self) -> Threat:
         """What the attacker may do."""
-        return make_threat(self.norm, self.eps)
+        return make_ball(self.norm, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +138,7 @@ class Nearest:
 
     def within(self, eps: float) -> Tensor:
         """The images found within `eps`; the originals elsewhere."""
-        return torch.where(_expand(self.sizes <= eps, self.origin), self.images, self.origin)
-
-
-def _expand(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+        return torch.where(per_image(self.sizes <= eps, self.origin), self.images, self.origin)
 
 
 def won(predicted: Tensor, labels: Tensor, targeted: bool) -> Tensor:

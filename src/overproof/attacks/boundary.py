@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from overproof.attacks.ascent import differentiable, input_gradient
 from overproof.attacks.base import MinimumNormAttack, Nearest, logits_of, predictions, won
+from overproof.attacks.threats import movable, per_image
 from overproof.losses.margins import margin
 
 
@@ -84,9 +85,7 @@ def tighten(
         low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
 
 
-def look(
-    model: nn.Module, points: Tensor, labels: Tensor, targeted: bool, *, wide: bool = False, movable: bool = False
-) -> Look:
+def look(model: nn.Module, points: Tensor, labels: Tensor, targeted: bool, *, wide: bool = False, inward: bool = False) -> Look:
     """The objective at `points`, with its gradient.
 
     Args:
@@ -95,18 +94,13 @@ def look(
         labels: (M,).
         targeted: labels are classes to be reached.
         wide: take the log odds, which see all classes, instead of the margin, which sees the largest and the label's.
-        movable: the gradient is 0 where it would only push a value at the end of the box out of it.
+        inward: the gradient is 0 where it would only push a value at the end of the box out of it.
     """
     with differentiable(points) as x:
         labels = labels.clone()  # a tensor of the caller's inference mode cannot be saved for the backward pass
         logits = logits_of(model, x)
         values = (log_odds if wide else advance)(logits, labels, targeted)
         gradient = input_gradient(values, x).nan_to_num(0, 0, 0)
-    if movable:
-        gradient = gradient.masked_fill(((points <= 0) & (gradient < 0)) | ((points >= 1) & (gradient > 0)), 0)
+    if inward:
+        gradient = movable(gradient, points)
     return Look(values.detach(), gradient, crossed(logits.detach(), labels, targeted))
-
-
-def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """A number for each image (N,), shaped to act on tensors such as `like` (N, ...)."""
-    return values.view(-1, *[1] * (like.dim() - 1))

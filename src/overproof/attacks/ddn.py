@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import MinimumNormAttack
-from overproof.attacks.boundary import begin, look, per_image, tighten
-from overproof.attacks.threats import AnyNorm
+from overproof.attacks.boundary import begin, look, tighten
+from overproof.attacks.threats import AnyNorm, per_image
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from overproof.attacks.ascent import differentiable, input_gradient
 from overproof.attacks.base import MinimumNormAttack, logits_of
-from overproof.attacks.boundary import advance, begin, crossed, per_image
-from overproof.attacks.threats import AnyNorm
+from overproof.attacks.boundary import advance, begin, crossed
+from overproof.attacks.threats import AnyNorm, per_image
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import MinimumNormAttack
-from overproof.attacks.boundary import Look, begin, look, per_image
-from overproof.attacks.threats import AnyNorm
+from overproof.attacks.boundary import Look, begin, look
+from overproof.attacks.threats import AnyNorm, per_image
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 
@@ -67,7 +67,7 @@ class FMN(MinimumNormAttack):
             widest = self.threat.size(torch.maximum(origin, 1 - origin))
             for step in range(self.steps if len(rows) else 0):
                 cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
-                seen = look(model, points, labels, self.targeted, wide=3 * step < self.steps, movable=True)
+                seen = look(model, points, labels, self.targeted, wide=3 * step < self.steps, inward=True)
                 nearest.offer(points, seen.crossed, rows)
                 radii = self._radii(radii, seen, points - origin, nearest.sizes[rows], self.gamma * (0.02 + 0.98 * cosine))
                 radii = torch.minimum(radii, widest)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from overproof.attacks.base import MinimumNormAttack, Nearest, predictions, won
 from overproof.attacks.randomness import Streams, normal, uniform
-from overproof.attacks.threats import AnyNorm
+from overproof.attacks.threats import AnyNorm, per_image
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 
@@ -129,7 +129,7 @@ class _Walk:
         length, found = distance / math.sqrt(step), points.clone()
         left = torch.arange(len(rows), device=rows.device)
         for _ in range(self.halvings):
-            jumped = (points[left] + _like(length[left], points) * ways[left]).clamp_(0, 1)
+            jumped = (points[left] + per_image(length[left], points) * ways[left]).clamp_(0, 1)
             hit = self.asks(jumped, rows[left])
             found[left[hit]] = jumped[hit]
             left = left[~hit]
@@ -142,7 +142,7 @@ class _Walk:
         """Direction (M, C, H, W) in which the attacker's region lies, from `count` decisions around each boundary point."""
         points = self.points[rows][:, None]
         steps = normal(points.new_empty(len(rows), count, *points.shape[2:]), streams)
-        radii = radius.view(-1, *[1] * (steps.dim() - 1))
+        radii = per_image(radius, steps)
         steps = F.normalize(steps.flatten(2), dim=2).view_as(steps)
         probes = (points + radii * steps).clamp_(0, 1)
         steps = (probes - points) / radii  # what the box left of them
@@ -165,18 +165,14 @@ class _Walk:
         low, high = torch.zeros_like(reach), reach.clone()
         for _ in range(self.halvings):
             middle = (low + high) / 2
-            share = _like(middle, images)
+            share = per_image(middle, images)
             inside = torch.minimum(torch.maximum(outside, images - share), images + share)
             candidates = (1 - share) * images + share * outside if straight else inside
             hit = self.asks(candidates, rows)
-            best = torch.where(_like(hit, images), candidates, best)
+            best = torch.where(per_image(hit, images), candidates, best)
             low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
         self.points[rows] = best
         self.nearest.offer(best, torch.ones_like(rows, dtype=torch.bool), rows)
-
-
-def _like(values: Tensor, images: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (images.dim() - 1))
 
 
 def _noise(images: Tensor, streams: Streams, trial: int) -> Tensor:

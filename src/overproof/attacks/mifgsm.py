@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from overproof.attacks.ascent import differentiable, input_gradient
 from overproof.attacks.base import BudgetAttack, logits_of, won
+from overproof.attacks.threats import per_image
 from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy
 from overproof.networks import in_mode
@@ -63,7 +64,7 @@ class MIFGSM(BudgetAttack):
                     if len(rows) == 0:
                         return final
                 length = gradient.flatten(1).abs().sum(dim=1).clamp(min=1e-12)
-                summed = self.decay * summed + gradient / length.view(-1, *[1] * (x.dim() - 1))
+                summed = self.decay * summed + gradient / per_image(length, x)
                 x = threat.project(x + step * threat.steepest(summed, x), origin)
             final[rows] = x
         return final

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +17,8 @@ Norm = Literal["Linf", "L2", "L1"]
 AnyNorm = Literal["Linf", "L2", "L1", "L0"]
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """A number for each image (N,), shaped to act on tensors such as `like` (N, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -94,27 +94,27 @@ class L2(Threat):
         return norms
 
     def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
-        gradient = _movable(gradient, at)
-        return gradient / _per_sample(self.size(gradient).clamp(min=1e-12), gradient)
+        gradient = movable(gradient, at)
+        return gradient / per_image(self.size(gradient).clamp(min=1e-12), gradient)
 
     def project(self, candidates: Tensor, images: Tensor) -> Tensor:
         if math.isinf(self.eps):
             return candidates.clamp(0, 1)
         delta = candidates - images
         scale = (self.eps / self.size(delta).clamp(min=1e-12)).clamp(max=1)
-        return (images + delta * _per_sample(scale, delta)).clamp_(0, 1)
+        return (images + delta * per_image(scale, delta)).clamp_(0, 1)
 
     def _random(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         direction = normal(images, generator)
         radius = self.eps * uniform(images[:, 0, 0, 0], generator) ** (1 / images[0].numel())
-        return (images + direction * _per_sample(radius / self.size(direction), images)).clamp_(0, 1)
+        return (images + direction * per_image(radius / self.size(direction), images)).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
 class L1(Threat):
     """The sum of absolute changes is at most `eps`.
 
-    `project` is the exact nearest point of ball and box together (soft threshold, found by bisection): cutting to the box
+    `project` is the exact nearest point of ball and box together (see `project_l1`): cutting to the box
     after projecting on the ball would waste most of an L1 budget (Croce and Hein, ICML 2021).
     """
 
@@ -122,28 +122,21 @@ class L1(Threat):
         return delta.flatten(1).abs().sum(dim=1)
 
     def steepest(self, gradient: Tensor, at: Tensor) -> Tensor:
-        flat = _movable(gradient, at).flatten(1)
+        flat = movable(gradient, at).flatten(1)
         best = flat.abs().argmax(dim=1, keepdim=True)
         return torch.zeros_like(flat).scatter_(1, best, flat.gather(1, best).sign()).view_as(gradient)
 
     def project(self, candidates: Tensor, images: Tensor) -> Tensor:
         if math.isinf(self.eps):
             return candidates.clamp(0, 1)
-        delta, low, high = (t.flatten(1) for t in (candidates - images, -images, 1 - images))
-
-        def shrunk(threshold: Tensor) -> Tensor:
-            soft = delta.sign() * (delta.abs() - threshold[:, None]).clamp(min=0)
-            return torch.minimum(torch.maximum(soft, low), high)
-
-        threshold = _bisect(lambda t: self.size(shrunk(t)) > self.eps, delta.abs().amax(dim=1))
-        return (images + shrunk(threshold).view_as(images)).clamp_(0, 1)
+        return project_l1(candidates, images, self.eps, rounds=30)
 
     def _random(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         # Exponential variables divided by the sum of themselves and one more are uniform in the simplex's interior.
         parts = -torch.log1p(-uniform(images, generator).clamp(max=1 - 1e-7))
         rest = -torch.log1p(-uniform(images[:, 0, 0, 0], generator).clamp(max=1 - 1e-7))
         signs = uniform(images, generator, -1, 1).sign()
-        return (images + self.eps * signs * parts / _per_sample(self.size(parts) + rest, parts)).clamp_(0, 1)
+        return (images + self.eps * signs * parts / per_image(self.size(parts) + rest, parts)).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -172,21 +165,33 @@ class L0(Threat):
         return self.project(uniform(images, generator), images)
 
 
-def _movable(gradient: Tensor, at: Tensor) -> Tensor:
+def movable(gradient: Tensor, at: Tensor) -> Tensor:
     """The gradient without the components that would only push a saturated pixel out of the box."""
     stuck = ((at <= 0) & (gradient < 0)) | ((at >= 1) & (gradient > 0))
     return gradient.masked_fill(stuck, 0)
 
 
-def _bisect(too_small: Callable[[Tensor], Tensor], high: Tensor, rounds: int = 40) -> Tensor:
-    """Smallest value in [0, high], per sample, at which `too_small` no longer holds; 0 where it never did."""
-    low = torch.zeros_like(high)
-    outside = too_small(low)
+def project_l1(points: Tensor, images: Tensor, eps: float, rounds: int = 10) -> Tensor:
+    """The nearest point of the L1 ball and the box together.
+
+    The change shrinks to min(max(|d_i| - t, 0), room_i); its size is piecewise linear in t, whose root Newton's method,
+    kept between brackets, finds in a handful of rounds. Should any be missing, scaling brings the change into the ball.
+    """
+    change = (points - images).flatten(1)
+    room = torch.where(change > 0, 1 - images.flatten(1), images.flatten(1))
+    length = change.abs()
+    low, high = torch.zeros_like(length[:, :1]), length.amax(dim=1, keepdim=True)
+    threshold = low
     for _ in range(rounds):
-        middle = (low + high) / 2
-        raise_it = too_small(middle)
-        low, high = torch.where(raise_it, middle, low), torch.where(raise_it, high, middle)
-    return torch.where(outside, high, torch.zeros_like(high))
+        rest = torch.minimum((length - threshold).clamp_(min=0), room)
+        over = rest.sum(dim=1, keepdim=True) - eps
+        slope = ((rest > 0) & (rest < room)).sum(dim=1, keepdim=True).clamp_(min=1)
+        low, high = torch.where(over > 0, threshold, low), torch.where(over > 0, high, threshold)
+        newton = threshold + over / slope
+        threshold = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
+    rest = torch.minimum((length - threshold).clamp_(min=0), room)
+    rest.mul_(eps / rest.sum(dim=1, keepdim=True).clamp_(min=max(eps, 1e-12))).mul_(change.sign())
+    return rest.view_as(images).add_(images).clamp_(0, 1)
 
 
 THREATS: dict[str, type[Threat]] = {"Linf": Linf, "L2": L2, "L1": L1, "L0": L0}
@@ -201,3 +206,16 @@ def make_threat(norm: str, eps: float) -> Threat:
     if norm not in THREATS:
         raise UsageError(f"Unknown norm {norm!r}; known: {', '.join(THREATS)}.")
     return THREATS[norm](eps)
+
+
+def make_ball(norm: str, eps: float) -> Threat:
+    """A threat for an attack that needs a radius: "Linf", "L2" or "L1", of finite size.
+
+    Raises:
+        UsageError: another norm, or a radius out of range.
+    """
+    if norm not in ("Linf", "L2", "L1"):
+        raise UsageError(f"Unknown norm {norm!r} for an attack with a radius; known: Linf, L2, L1.")
+    if eps == math.inf:
+        raise UsageError(f"{norm}(eps=inf): an attack with a radius needs a finite one, such as 8/255.")
+    return make_threat(norm, eps)

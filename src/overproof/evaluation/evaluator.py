@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from overproof import console
-from overproof.attacks import ATTACKS
 from overproof.attacks.base import Attack
+from overproof.attacks.combined import build
 from overproof.attacks.threats import L1, L2, Linf, Threat
 from overproof.data import ImageSet, load_data
 from overproof.errors import DataError, UsageError
@@ -169,8 +169,7 @@ def make_attacks(attacks: Mapping[str, Any] | Sequence[Any]) -> dict[str, Attack
     made: dict[str, Attack] = {}
     for name, attack in given.items():
         if isinstance(attack, Mapping):
-            options = dict(attack)
-            made[name] = ATTACKS.create(options.pop("attack", name), **options)
+            made[name] = build({"attack": name, **attack})
         elif isinstance(attack, Attack):
             made[name] = attack
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from overproof.attacks.base import Attack, logits_of, predictions
 from overproof.attacks.randomness import Streams, integers
+from overproof.attacks.threats import per_image
 from overproof.evaluation.counting import Passes
 from overproof.networks import full_precision, in_mode
 
@@ -64,7 +65,7 @@ def verdict(
         sizes = attack.threat.size(found - images)
         low, high = found.flatten(1).amin(dim=1), found.flatten(1).amax(dim=1)
         valid = (low >= 0) & (high <= 1) & (sizes <= attack.threat.eps * (1 + SLACK) + SLACK)
-        found = torch.where(valid.view(-1, *[1] * (images.dim() - 1)), found, images)
+        found = torch.where(per_image(valid, images), found, images)
         sizes = torch.where(valid, sizes, torch.zeros_like(sizes))
         return Verdict(found, predictions(model, found), sizes, ~valid, targets)
 

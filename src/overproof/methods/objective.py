@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from overproof.attacks.ascent import Loss, Start, ascend
 from overproof.attacks.pgd import PGD
-from overproof.attacks.threats import Norm, Threat, make_threat
+from overproof.attacks.threats import Norm, Threat, make_ball
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
@@ -107,7 +107,7 @@ class RobustObjective(Objective):
         attack_mode: AttackMode = "eval",
     ) -> None:
         super().__init__(student, teacher)
-        self.threat: Threat = make_threat(norm, eps)
+        self.threat: Threat = make_ball(norm, eps)
         if steps < 1 or step_size <= 0 or attack_mode not in ("eval", "train"):
             raise UsageError(
                 f"The inner attack needs steps >= 1, step_size > 0 and attack_mode eval or train, not {steps}, {step_size} and {attack_mode!r}."

@@ -13,6 +13,7 @@ from overproof.attacks.adapters.guard import Shell, lent
 from overproof.attacks.adapters.library import Call
 from overproof.attacks.base import BudgetAttack, MinimumNormAttack, Nearest, logits_of, predictions, won
 from overproof.attacks.randomness import Streams
+from overproof.attacks.threats import per_image
 from overproof.errors import OverproofError
 from overproof.networks import in_mode
 
@@ -114,5 +115,5 @@ def _settled(name: str, found: Tensor, origin: Tensor) -> Tensor:
     if found.shape != origin.shape:
         raise OverproofError(f"{name} returned shape {tuple(found.shape)} for images of shape {tuple(origin.shape)}.")
     found = found.detach().to(origin.device, origin.dtype)
-    lost = found.flatten(1).isnan().any(dim=1).view(-1, *[1] * (origin.dim() - 1))
+    lost = per_image(found.flatten(1).isnan().any(dim=1), origin)
     return torch.where(lost, origin, found).clamp(0, 1)
