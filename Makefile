@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/overproof demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks examples

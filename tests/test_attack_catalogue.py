@@ -17,6 +17,7 @@ from overproof.testing import check_attack, small_batch, small_model
 
 # What makes an attack cheap enough for a test; nothing here changes what the contract asks.
 CHEAP: dict[str, dict[str, Any]] = {
+    "adam": {"steps": 3},
     "apgd": {"steps": 4},
     "autoattack": {"version": "quick"},
     "bpda": {"inner": "fgsm", "parts": ("2",)},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,3 +41,51 @@ def test_peers_are_compared_with_the_fastest_correct_one(monkeypatch: pytest.Mon
     assert judged("pgd", {**rows, "ours": {"robust": 0.51, "seconds": 2.0}})[1] is False
     assert judged("autoattack", {**rows, "slow": {"robust": 0.496, "seconds": 8.0}})[1] is False
     assert judged("pgd", {"ours": rows["ours"]}) == (None, True)
+
+
+def test_robust_step_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "robust_step.py"))
+    small = {"PAIRS": 2, "WARM": 1, "BATCH": 8, "STEPS": 3, "STUDENTS": {"cpu": ("resnet8",)}}
+    for name, value in small.items():
+        monkeypatch.setitem(module["measure"].__globals__, name, value)
+    monkeypatch.setattr("sys.argv", ["robust_step.py"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "robust_step"
+    assert set(line["ratios"]) == {"pgd_at_resnet8", "iad_resnet8"}
+    assert line["equal"] is True
+
+
+def test_fisher_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "fisher.py"))
+    small = {"TURNS": 2, "WARM": 1, "CASES": (("lenet5", 3, 6),), "peak_elsewhere": lambda *case: 1.0}
+    for name, value in small.items():
+        monkeypatch.setitem(module["main"].__globals__, name, value)
+    monkeypatch.setattr("sys.argv", ["fisher.py", "--images", "4"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "fisher"
+    promised = {
+        f"{who}_lenet_3" for who in ("exact", "rademacher", "fdkl", "label", "hutchinson", "lambda", "loop", "vectorised")
+    }
+    assert set(line["ratios"]) == promised | {"lambda_max_rows_lenet_3", "lambda_max_dxd_lenet_3"}
+    assert line["equal"] is True
+
+
+def test_guards_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "guards.py"))
+
+    def here(way: str, case: tuple[int, int], queries: int, device: str) -> tuple[dict[str, float], Any]:
+        keys, asked = module["numbers"](case[0], case[1], 0, device), module["numbers"](queries, case[1], 1, device)
+        labels = torch.arange(case[0]) * 10 // case[0]
+        return {"seconds": 2.0 if way == "direct" else 1.0, "mib": 1.0}, module["WAYS"][way](asked, keys, labels)
+
+    for name, value in {"elsewhere": here, "QUICK": ((3_000, 32),)}.items():
+        monkeypatch.setitem(module["main"].__globals__, name, value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["guards.py", "--part", "cache", "--quick"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "guards"
+    assert line["ratios"] == {"cache_3k_32": 0.5, "cache_memory_3k_32": 1.0}
+    assert line["equal"] is True

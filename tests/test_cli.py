@@ -212,7 +212,8 @@ def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command() -> None:
     """(That it imports nothing heavy, which is what makes it quick, is asserted in test_floors.)"""
     text = subprocess.run([sys.executable, "-m", "overproof", "--help"], check=True, capture_output=True, text=True).stdout
-    for command in ("train", "distill", "evaluate", "resume", "report", "list", "show", "demo", "run", "reproduce"):
+    commands = ("train", "distill", "probe-linear", "evaluate", "resume", "report", "list", "show", "demo", "run", "reproduce")
+    for command in commands:
         assert command in text
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("options", [
     {}, {"averaging": "swa"}, {"averaging": "ema"}, {"precision": "bf16-mixed"}, {"precision": "16-mixed", "clip": 1.0},
-    {"channels_last": True}, {"compile": True}, {"cache_teacher": True},
+    {"channels_last": True}, {"compile": True}, {"cache_teacher": True}, {"awp": 0.01}, {"awp": 0.01, "precision": "16-mixed"},
 ], ids=str)  # fmt: skip
 def test_distillation_trains_and_leaves_the_teacher(options: dict, digits: Splits, tmp_path: Path) -> None:
     teacher, student = overproof.create_model("cnn", 10, 1, 8), overproof.create_model("cnn", 10, 1, 8, widths=(8, 16))

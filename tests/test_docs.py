@@ -43,19 +43,30 @@ def test_readme_example(tmp_path: Path) -> None:
 def test_extending_examples(tmp_path: Path) -> None:
     code = "\n".join(blocks(ROOT / "docs/extending.md", "python"))
     code += (
-        "\nfrom overproof.testing import check_attack, check_method\nimport overproof\n"
-        "check_method(MarginKD)\ncheck_attack(TopLogit(eps=0.1))\n"
+        "\nfrom overproof.testing import check_attack, check_guard, check_method\nimport overproof\n"
+        "check_method(MarginKD)\ncheck_attack(TopLogit(eps=0.1))\ncheck_guard(Blur)\n"
         "run = overproof.train('my-net', 'my-set', epochs=1, batch_size=32, attacks=['top-logit'], out='r')\n"
         "assert run.evaluations['test-best']['attacks']['top-logit']['robust'] >= 0\n"
     )
     run_python(code, tmp_path)
 
 
+def test_guards_example(tmp_path: Path) -> None:
+    code, *_ = blocks(ROOT / "docs/guards.md", "python")
+    names = "model, validation_images, validation_labels = my_student, *(torch.rand(32, 3, 32, 32), labels)\n"
+    names += "test_images, test_labels = torch.rand(16, 3, 32, 32), labels[:16]\n"
+    tail = (
+        "\nassert verdict.probabilities.shape == (16, 10) and result.summary['guard']['strongest'] in ('pgd', 'pgd-transfer')"
+    )
+    run_python(SETTING + names + code.replace("Cache()", 'Cache(layers=("0",))') + tail, tmp_path)
+
+
 def test_readme_commands_name_real_options() -> None:
     """Every command of the README is understood (shown by asking each for its help) and its options exist."""
     from overproof.cli import app
 
-    text = "\n".join(blocks(ROOT / "README.md", "sh") + blocks(ROOT / "docs" / "attacks.md", "sh"))
+    pages = ("README.md", "docs/attacks.md", "docs/guards.md")
+    text = "\n".join(block for page in pages for block in blocks(ROOT / page, "sh"))
     commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("overproof")]
     assert len(commands) >= 4
     for _, *words in commands:

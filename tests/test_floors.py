@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "overproof"
 FLOORS = [
     {"errors", "types", "registry", "folder", "console", "networks", "features", "losses", "config"},
     {"attacks", "models", "data"},
-    {"evaluation", "methods"},
+    {"evaluation", "methods", "guards"},
     {"training", "report", "testing"},
     {"run"},
     {"cli"},
@@ -47,7 +47,16 @@ def test_imports_go_down(path: Path) -> None:
         assert other == room or LEVEL[other] < LEVEL[room] or same_ground, f"{path.name} ({room}) imports {other}"
 
 
-SHARED = {"objective", "feature_objective", "feature_probe", "feature_adapters", "feature_parts"}
+SHARED = {
+    "objective",
+    "robust_distiller",
+    "introspective",
+    "feature_objective",
+    "feature_probe",
+    "feature_adapters",
+    "feature_parts",
+    "crd_bank",
+}
 
 
 def test_methods_never_import_each_other() -> None:

@@ -16,6 +16,7 @@ import pytest
 from overproof.errors import FolderError, UnknownNameError, UsageError
 from overproof.folder import write_arrays, write_json, write_toml
 from overproof.report import group_by_seed, summarise, text_table, write_report
+from overproof.report.learned import method_text
 from overproof.report.words import evaluation_text
 
 HOSTILE = "<script>alert('x')</script>\"'&$x_1$"
@@ -533,3 +534,60 @@ def test_errors_say_what_to_do(tmp_path):
         summarise([tmp_path / "absent"])
     with pytest.raises(UnknownNameError, match=r"baseline 'kdd'.*'kd'"):
         group_by_seed(summarise([make_run(tmp_path / "kd")]), baseline="kdd")
+
+
+def with_learned(folder: Path) -> Path:
+    """A run whose method learned a policy, and boxes to be looked at."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["train"] |= {
+            "magnitude/rotate": 0.5 + 0.01 * line["epoch"],
+            "magnitude/noise": 0.4,
+            "applied per draw/rotate": 0.2,
+        }
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [
+        {"operations": ["rotate", f"noise-{i}"], "weight": i / 66, "probabilities": [0.25, 0.5], "magnitudes": [0.75, 0.1]}
+        for i in range(12)
+    ]
+    damaged = [{"operations": ["rotate"], "weight": None}, {"operations": ["a", "b"], "weight": 1.0, "probabilities": [1]}, 7]
+    write_json(folder / "method.json", {"adapter_parameters": 12345, "searched_steps": 700, "policy": rows + damaged})
+    boxes = np.array([[[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 0.75, 0.75]]] * 3)
+    write_arrays(folder / "method.npz", {"images": np.zeros((3, 1, 8, 8)), "student_boxes": boxes, "teacher_boxes": boxes / 2})
+    return folder
+
+
+def test_what_a_method_learned(tmp_path: Path) -> None:
+    run = with_learned(make_run(tmp_path / "sokd"))
+    page = write_report([run]).read_text()
+    assert "Learned beside the student" in page
+    assert "12,345" in page or "12.3 k" in page
+    assert page.count("magnitude over epochs") == 1
+    assert "applied per draw over epochs" in page
+    assert "noise-11 (0.50, 0.10)" in page
+    assert "noise-1 (" not in page
+    assert "And 2 lighter pairs" in page
+    assert page.count('<span class="boxed">') == 6
+    assert '<rect x="0.0" y="25.0" width="50.0" height="75.0"/>' in page
+    assert "Training: magnitude/rotate" not in page
+    text = method_text(json.loads((run / "method.json").read_text()))
+    assert "12,345 parameters of adapters" in text
+    assert "700 steps of search, 12 pairs" in text
+    assert "rotate (probability 0.25, magnitude 0.75), then noise-11 (probability 0.50, magnitude 0.10)" in text
+
+
+def test_damaged_learned_parts_are_named(tmp_path: Path) -> None:
+    run = with_learned(make_run(tmp_path / "sokd"))
+    (run / "method.npz").write_bytes(b"no archive")
+    page = write_report([run]).read_text()
+    assert "method.npz" in page
+    assert "Some files could not be used" in page
+    write_arrays(run / "method.npz", {"images": np.zeros((3, 1, 8, 8)), "student_boxes": np.zeros((1, 2, 4))})
+    assert "method.npz cannot be shown" in write_report([run]).read_text()
+    (run / "method.json").write_text("[1]")
+    assert "Learned beside the student" in write_report([run]).read_text()  # the lines over epochs are still there
+
+
+def test_nothing_learned_says_nothing(tmp_path: Path) -> None:
+    assert "Learned beside" not in write_report([make_run(tmp_path / "kd")]).read_text()
+    assert method_text({}) == ""

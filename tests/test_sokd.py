@@ -15,7 +15,7 @@ from overproof.losses.feature_distances import squared_distance
 from overproof.methods import METHODS
 from overproof.methods.fitnet import FitNet
 from overproof.methods.sokd import SoKD
-from overproof.methods.sokd_areas import AreaHead, cell_weights, count_boxes, find_boxes
+from overproof.methods.sokd_areas import AreaHead, box_shares, cell_weights, count_boxes, find_boxes
 from overproof.methods.sokd_operations import OPERATIONS, PAIRS, channel_drop, cutout, noise, rotate, translate_x
 from overproof.methods.sokd_policy import Draw, Policy
 from overproof.methods.sokd_search import unrolled
@@ -377,11 +377,11 @@ def test_identical_features_have_no_distance() -> None:
     x = torch.rand(2, 12, 8, 8)
     head = AreaHead(12, 3)
     objective.head = head
-    weights, terms = objective._find_areas(x, x)
+    weights, terms = objective._find_areas(x, x, 0)
     assert float(terms["sokd-areas"].detach()) == 0
     assert float(squared_distance(x, x, weights=weights).max()) == 0
     a, b = torch.rand(2, 2, 12, 8, 8)
-    torch.testing.assert_close(objective._find_areas(a, b)[1]["sokd-areas"], objective._find_areas(b, a)[1]["sokd-areas"])
+    torch.testing.assert_close(objective._find_areas(a, b, 0)[1]["sokd-areas"], objective._find_areas(b, a, 0)[1]["sokd-areas"])
 
 
 @pytest.mark.parametrize("search", ["first-order", "unrolled"])
@@ -579,12 +579,63 @@ def test_weights_reach_the_spatial_bases_and_add_up() -> None:
 def test_logs_and_description() -> None:
     objective, batch = build()
     logs = objective(batch, NOW).logs
-    assert {"policy beta", "policy magnitude", "coverage", "heat spread", "refined gap", "plain gap"} == set(logs)
+    by_operation = {f"{kind}/{name}" for kind in ("applied per draw", "magnitude") for name in OPERATIONS}
+    assert {"coverage", "heat spread", "refined gap", "plain gap"} | by_operation == set(logs)
+    assert set(objective(batch, Progress(epoch=99)).logs) == {"coverage", "heat spread", "refined gap", "plain gap"}
     told = objective.describe()
     assert len(told["policy"]) == 36
     assert sum(row["weight"] for row in told["policy"]) == pytest.approx(1)
     assert told["policy"] == sorted(told["policy"], key=lambda row: -row["weight"])
     assert told["adapter_parameters"] == objective.adapter_parameters > 0
+
+
+def test_figures_by_operation() -> None:
+    made = policy(36)
+    made.alpha = torch.randn(36, generator=seeded(1))
+    made.beta, made.magnitude = torch.rand(36, 2, generator=seeded(2)), torch.rand(36, 2, generator=seeded(3))
+    weights, found = made.alpha.softmax(dim=0), made.figures()
+    for name in OPERATIONS:
+        there = [(s, j) for s, pair in enumerate(made.names()) for j in (0, 1) if pair[j] == name]
+        applied = sum(float(weights[s] * made.beta[s, j]) for s, j in there)
+        level = sum(float(weights[s] * made.magnitude[s, j]) for s, j in there) / sum(float(weights[s]) for s, _ in there)
+        assert float(found[f"applied per draw/{name}"]) == pytest.approx(applied, abs=1e-6)
+        assert float(found[f"magnitude/{name}"]) == pytest.approx(level, abs=1e-5)
+
+
+def test_a_flat_map_is_looked_at_everywhere() -> None:
+    flat = torch.full((64, 7, 8, 8), 0.5)
+    flat[:, -4:] = 0
+    stuck = count_boxes(find_boxes(flat, 8), (8, 8)).sum(dim=0) > 0
+    assert int(stuck.sum()) < 32  # without chance all images look at the same few cells
+    counts = count_boxes(find_boxes(flat, 8, generator=seeded(1)), (8, 8)).float().mean(dim=0)
+    assert counts.shape == (1, 8, 8)
+    assert float(counts.min()) > 0  # of 64 images, 8 of 64 cells each
+    hot = flat.clone()
+    hot[:, 0, 3, 5] = 0.6
+    boxes = find_boxes(hot, 1, generator=seeded(1))
+    assert (boxes[..., 0] == 5).all()
+    assert (boxes[..., 1] == 3).all()
+    assert torch.equal(find_boxes(flat, 8, generator=seeded(1)), find_boxes(flat, 8, generator=seeded(1)))
+
+
+def test_box_shares_cover_whole_cells() -> None:
+    head = AreaHead(4, 3)
+    maps = feature(channels=4, side=8).float()
+    shares = box_shares(head, maps, 5, smallest=0.25)
+    cells = find_boxes(head(maps), 5, smallest=0.25)
+    assert torch.equal(shares[..., :2] * 8, cells[..., :2].float())
+    assert torch.equal(shares[..., 2:] * 8, cells[..., 2:].float() + 1)
+    assert 0 <= float(shares.min()) < float(shares.max()) <= 1
+
+
+def test_illustration() -> None:
+    objective, batch = build()
+    with torch.no_grad():
+        shown = objective.eval().illustrate(batch)
+    assert set(shown) == {"images", "student_boxes", "teacher_boxes"}
+    assert shown["student_boxes"].shape == (len(batch), objective.areas, 4)
+    without, batch = build(areas=0)
+    assert without.illustrate(batch) == {}
 
 
 def test_resumes_to_the_same_step() -> None:

@@ -25,9 +25,16 @@ if TYPE_CHECKING:
     from overproof.errors import OverproofError as OverproofError
     from overproof.errors import UsageError as UsageError
     from overproof.evaluation import Evaluation as Evaluation
+    from overproof.evaluation import boundary_similarity as boundary_similarity
+    from overproof.evaluation import compare as compare
     from overproof.evaluation import evaluate as evaluate
     from overproof.features import Tap as Tap
     from overproof.folder import RunFolder as RunFolder
+    from overproof.guards import GUARDS as GUARDS
+    from overproof.guards import Cache as Cache
+    from overproof.guards import Detector as Detector
+    from overproof.guards import Guarded as Guarded
+    from overproof.losses import fisher as fisher
     from overproof.methods import METHODS as METHODS
     from overproof.methods import Objective as Objective
     from overproof.methods import RobustObjective as RobustObjective
@@ -40,6 +47,11 @@ if TYPE_CHECKING:
     from overproof.run.api import train as train
     from overproof.run.execute import Run as Run
     from overproof.run.execute import resume as resume
+    from overproof.run.guard_evaluation import evaluate_guarded as evaluate_guarded
+    from overproof.run.guarding import fit_guards as fit_guards
+    from overproof.run.guarding import load_guarded as load_guarded
+    from overproof.run.predicting import predict as predict
+    from overproof.run.probing import probe_linear as probe_linear
     from overproof.types import Batch as Batch
     from overproof.types import Output as Output
     from overproof.types import Progress as Progress
@@ -48,19 +60,25 @@ _HOMES = {
     "attacks": ("ATTACKS", "FGSM", "L1", "L2", "PGD", "Linf", "ascend"),
     "data": ("DATA", "ImageSet", "Splits", "load_data"),
     "errors": ("OverproofError", "UsageError"),
-    "evaluation": ("Evaluation", "evaluate"),
+    "evaluation": ("Evaluation", "boundary_similarity", "compare", "evaluate"),
     "features": ("Tap",),
     "folder": ("RunFolder",),
+    "guards": ("GUARDS", "Cache", "Detector", "Guarded"),
     "methods": ("METHODS", "Objective", "RobustObjective"),
     "models": ("MODELS", "Classifier", "create_model"),
     "report": ("write_report",),
     "run.api": ("distill", "load", "train"),
     "run.execute": ("Run", "resume"),
+    "run.guard_evaluation": ("evaluate_guarded",),
+    "run.guarding": ("fit_guards", "load_guarded"),
+    "run.predicting": ("predict",),
+    "run.probing": ("probe_linear",),
     "types": ("Batch", "Output", "Progress"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = {"fisher": "losses.fisher"}
 
-__all__ = sorted(_HOME_OF)
+__all__ = sorted({*_HOME_OF, *_MODULES})
 
 try:
     __version__ = _version("overproof")
@@ -73,6 +91,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"overproof.{_HOME_OF[name]}"), name)
         globals()[name] = value
         return value
+    if name in _MODULES:
+        globals()[name] = importlib.import_module(f"overproof.{_MODULES[name]}")
+        return globals()[name]
     raise AttributeError(f"module 'overproof' has no attribute {name!r}")
 
 

@@ -45,6 +45,9 @@ class DataConfig(_Open):
     limit_train: int | None = Field(None, ge=1)
     limit_test: int | None = Field(None, ge=1)
     augment: list[str] = Field(default_factory=list, description='such as ["crop", "flip", "cutout:8"]')
+    extra: str | None = Field(None, description="images of a generator that each batch is filled up with, such as parquet:DIR")
+    extra_share: float = Field(0.7, gt=0, lt=1, description="their share of each batch, as robust models are trained with")
+    extra_options: dict[str, Any] = Field(default_factory=dict, description="options of their source")
 
 
 class ModelConfig(_Open):
@@ -53,10 +56,12 @@ class ModelConfig(_Open):
     name: str = "resnet20"
     pretrained: bool = False
     weights: str | None = Field(None, description="safetensors file or state dict to begin with")
+    run: str | None = Field(None, description="a run whose network is taken over, name and options too, under a new last layer")
+    which: Literal["best", "last"] | None = Field(None, description="weights of that run; the best if not said")
 
 
 class TeacherConfig(_Open):
-    """[teacher] - a finished run, or a model with weights."""
+    """[teacher] - a finished run, or a model with weights; [standard_teacher] - beside a robust one, for methods with two."""
 
     run: str | None = None
     which: Literal["best", "last"] = "best"
@@ -101,6 +106,9 @@ class TrainConfig(_Section):
     averaging: Literal["none", "ema", "swa"] = "none"
     ema_decay: float = Field(0.999, ge=0, lt=1)
     swa_start: float = Field(0.75, ge=0, lt=1, description="share of the training after which weights are averaged")
+    awp: float = Field(0.0, ge=0, lt=1, description="adversarial weight perturbation, a share of the weights; paper: 0.005")
+    awp_warmup: int = Field(0, ge=0, description="epochs before it begins")
+    eps_warmup: float = Field(0.0, ge=0, description="epochs over which the radius of a robust method grows to its full size")
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     compile: bool = False
     channels_last: bool = False
@@ -112,6 +120,10 @@ class TrainConfig(_Section):
     cache_teacher: bool = Field(False, description="run the teacher once per image; only without augmentation")
     validation_limit: int = Field(1000, ge=0, description="validation images that are attacked each epoch; 0: all")
     validation_steps: int = Field(10, ge=1, description="PGD steps of the validation attack of robust methods")
+    validation_eps: Radius = Field(0.0, description="radius of that attack, for any method; 0: the method's own, if it has one")
+    select: Literal["auto", "clean", "robust"] = Field("auto", description="what the best weights are best in")
+    patience: int = Field(0, ge=0, description="epochs without better weights after which training ends; 0: it goes on")
+    collapse: Literal["warn", "stop"] = Field("warn", description="what to do when one-step training collapses")
     checkpoint_seconds: float = Field(60, ge=0, description="between checkpoints inside an epoch; each epoch ends with one")
     loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
 
@@ -130,6 +142,9 @@ class EvaluationConfig(_Section):
     curve: list[Radius] = Field(default_factory=list)
     batch_size: int = Field(256, ge=1)
     weights: list[Literal["best", "last"]] = Field(default=["best", "last"])
+    fisher: bool | None = Field(
+        None, description="measure flatness too, see `evaluate`; not said: for methods with a penalty on it"
+    )
 
 
 class RunConfig(_Section):
@@ -140,6 +155,7 @@ class RunConfig(_Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     teacher: TeacherConfig | None = None
+    standard_teacher: TeacherConfig | None = None
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

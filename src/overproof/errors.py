@@ -38,3 +38,17 @@ class NonFiniteLossError(OverproofError):
 
 class NoGradientError(OverproofError):
     """A gradient attack met a model through which no gradient reaches the images."""
+
+
+class DerivativeError(UsageError):
+    """An operator of a network cannot be differentiated in the way that is needed.
+
+    Args:
+        what: what needs the derivative.
+        operator: the operator's name, or what kind of thing it is.
+        remedy: what works instead.
+    """
+
+    def __init__(self, what: str, operator: str, remedy: str) -> None:
+        super().__init__(f"{what} does not work through {operator}, which this network contains. {remedy}")
+        self.operator = operator

@@ -164,6 +164,19 @@ def penultimate(model: nn.Module) -> str:
     return f"{linear[-1]}{INPUT}"
 
 
+def last_linear(model: nn.Module) -> str:
+    """Name of the linear layer that makes the logits: the one that reads the penultimate vector, else the last one.
+
+    Raises:
+        OverproofError: the network has no linear layer.
+    """
+    named = penultimate(model).removesuffix(INPUT)
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name]
+    if not linear:
+        raise OverproofError(f"{type(model).__name__} has no linear layer that could be trained alone.")
+    return named if named in linear else linear[-1]
+
+
 def _timm_stages(model: nn.Module) -> tuple[str, ...]:
     info = getattr(model, "feature_info", None)
     info = getattr(info, "info", info)

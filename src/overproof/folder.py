@@ -6,9 +6,11 @@ RUN/
   status.json            {"state": "running" | "done" | "failed" | "interrupted", "step", "epoch", "message", ...}
   metrics.jsonl          one JSON object a line and epoch
   model.json             how to rebuild the model
+  method.json            what the method learned beside the model, if it did; method.npz: what of it can be looked at
   weights/               best.safetensors, last.safetensors
   checkpoint.pt          everything needed to resume (read with weights_only=True)
   evaluations/NAME.json  summary, with NAME.npz (a row per sample) and NAME-gallery.npz (a few images)
+  guards/NAME.json       a guard's options and findings, with NAME.safetensors (its tensors) and NAME.npz (what can be looked at)
   report.html
 """
 
@@ -213,6 +215,12 @@ class RunFolder:
         """Evaluation summaries by name."""
         paths = sorted((self.path / "evaluations").glob("*.json"))
         return {path.stem: dict(read_json(path)) for path in paths}
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What the method learned beside the model; {} if nothing."""
+        path = self.path / "method.json"
+        return dict(read_json(path)) if path.exists() else {}
 
     def arrays(self, evaluation: str, kind: str = "") -> dict[str, np.ndarray]:
         """Per-sample records of an evaluation, or with kind="gallery" its example images; {} if not kept."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -77,3 +79,48 @@ def full_precision(device: torch.device) -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.set_float32_matmul_precision(before[1])
+
+
+@contextmanager
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """After the block each of `tensors` holds the very bits it held before."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, bits in before:
+                tensor.copy_(bits)
+
+
+@contextmanager
+def buffers_unchanged(module: nn.Module, *, besides: nn.Module | None = None) -> Iterator[None]:
+    """After the block all buffers of `module` are the tensors they were, bit for bit, those of its part `besides` excepted."""
+    left_out = {id(part) for part in besides.modules()} if besides is not None else set()
+    known = [
+        (part, name, buffer)
+        for part in module.modules()
+        if id(part) not in left_out
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
+    with unchanged(buffer for _, _, buffer in known):
+        try:
+            yield
+        finally:
+            for part, name, buffer in known:  # a forward may have put another tensor in its place
+                setattr(part, name, buffer)
+
+
+def digest(model: nn.Module) -> str:
+    """What identifies a network: its structure, and the bits of its weights and buffers, wherever they are."""
+    found = hashlib.blake2b(f"{type(model).__qualname__} {anonymous(model)}".encode(), digest_size=16)
+    for name, value in model.state_dict().items():
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        if isinstance(value, Tensor):
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def anonymous(value: object) -> str:
+    """What `value` looks like, without the places of objects in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

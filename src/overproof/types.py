@@ -35,11 +35,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: optimiser steps done, steps in all, and the zero-based epoch."""
+    """Where training stands: optimiser steps done, steps in all, the zero-based epoch, and epochs in all."""
 
     step: int = 0
     total: int = 1
     epoch: int = 0
+    epochs: int = 1
 
     @property
     def fraction(self) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from overproof.attacks.randomness import normal
 from overproof.attacks.threats import Threat
-from overproof.errors import NoGradientError
+from overproof.losses.derivatives import differentiable as differentiable
+from overproof.losses.derivatives import input_gradient as input_gradient
 
 Start = Literal["uniform", "gaussian", "image"]
 Loss = Callable[[Tensor, Tensor], "Tensor | tuple[Tensor, Tensor]"]
@@ -81,29 +81,3 @@ def _gradient(loss: Loss, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | Non
         result = loss(x, rows)
         values, finished = result if isinstance(result, tuple) else (result, None)
         return input_gradient(values, x), finished
-
-
-@contextmanager
-def differentiable(x: Tensor) -> Iterator[Tensor]:
-    """`x` as a leaf that gradients reach, whatever the caller switched off."""
-    # Inference mode of the caller would make gradients impossible; no_grad is simply lifted.
-    with torch.inference_mode(False), torch.enable_grad():
-        yield x.clone().requires_grad_() if x.is_inference() else x.detach().requires_grad_()
-
-
-def input_gradient(values: Tensor, x: Tensor, *, keep_graph: bool = False) -> Tensor:
-    """Gradient of sum(values) with respect to the images `x` alone; parameters receive nothing.
-
-    Raises:
-        NoGradientError: `values` does not depend on `x` as far as autograd can see.
-    """
-    gradient = None
-    if values.requires_grad:
-        (gradient,) = torch.autograd.grad(values.sum(), x, retain_graph=keep_graph, allow_unused=True)
-    if gradient is None:
-        raise NoGradientError(
-            "The attacked function does not depend differentiably on the images (its value carries no gradient). Remove "
-            "detach(), no_grad() or rounding from the model's forward, put a BPDA wrapper around that part, or use a "
-            "black-box attack (square, hop-skip-jump)."
-        )
-    return gradient

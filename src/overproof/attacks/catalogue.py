@@ -71,6 +71,10 @@ _add(
     "Madry, Makelov, Schmidt, Tsipras, Vladu: Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018", "1706.06083",
     (*_BOX, "iterative"),
 )  # fmt: skip
+_add(
+    "adam", "adam:AdamAttack", "Adam on the pixels towards a wrong class; goes on when it has won: deep, confident images.",
+    "Yu, Hu, Guo, Chao, Weinberger: A New Defense Against Adversarial Images, NeurIPS 2019", "1910.07629", (*_BOX, "iterative"),
+)  # fmt: skip
 _add("apgd", "apgd:APGD", "PGD that finds its own step size; cross-entropy, DLR or targeted DLR.", _CROCE, "2003.01690", _BOX)
 _add(
     "deepfool", "deepfool:DeepFool", "Steps to the nearest linearised decision boundary.",
@@ -93,6 +97,14 @@ _add(
 _add(
     "fab", "fab:FAB", "Projections on linearised boundaries, biased towards the image.",
     "Croce and Hein: Minimally Distorted Adversarial Examples with a Fast Adaptive Boundary Attack, ICML 2020", "1907.02044", _SIZE,
+)  # fmt: skip
+_add(
+    "bss", "bss:BSS", "Walks to just behind the boundary towards a chosen class, or one drawn by its probability.",
+    "Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples Supporting Decision Boundary, AAAI 2019", "1805.05532", _SIZE,
+)  # fmt: skip
+_add(
+    "ossa", "ossa:OSSA", "One or two steps along the direction in which the answer changes most (the Fisher eigenvector).",
+    "Zhao et al.: The Adversarial Attack and Detection under the Fisher Information Metric, AAAI 2019", "1810.03806", (*_BOX, "single-step"),
 )  # fmt: skip
 _add(
     "square", "square:Square", "Random search with squares; needs logits only.",

@@ -101,5 +101,10 @@ def integers(high: int, shape: Sequence[int], generator: Streams, device: torch.
     return (generator.bits(shape, device) * high) >> 23
 
 
+def other_classes(labels: Tensor, classes: int, generator: Streams) -> Tensor:
+    """For each label (N,) one of the other classes, drawn uniformly; with a single class the label itself."""
+    return (labels + 1 + integers(classes - 1, (), generator, labels.device)) % classes
+
+
 def _blank(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=generator.device if generator else like.device)

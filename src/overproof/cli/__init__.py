@@ -9,16 +9,20 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
+from overproof.cli.comparing import compare
+from overproof.cli.guarding import guard, predict
 from overproof.cli.looking import evaluate, list_entries, report, show_one
 from overproof.cli.recipes import demo, reproduce, run
-from overproof.cli.training import distill, resume, train
+from overproof.cli.training import distill, probe_linear, resume, train
 from overproof.errors import OverproofError, UsageError
 
 app = App(
     name="overproof", help="Distil image classifiers that are small, accurate and hard to fool.", version_flags=["--version"]
 )
-for _command in (train, distill, resume, evaluate, report, run, demo, reproduce):
+for _command in (train, distill, probe_linear, resume, evaluate, compare, report, run, demo, reproduce):
     app.command(_command)
+app.command(predict)
+app.command(guard)
 app.command(list_entries, name="list")
 app.command(show_one, name="show")
 

@@ -30,6 +30,8 @@ def evaluate(
     teacher: Path | None = None,
     transfer_from: Path | None = None,
     sanity: int = 128,
+    fisher: bool | None = None,
+    guarded: bool = False,
     devices: str | None = None,
     name: str | None = None,
     seed: int = 0,
@@ -67,6 +69,11 @@ def evaluate(
         A run folder: the first attack is also crafted on that model and tried on this one.
     sanity
         Images on which the sanity panel looks for masked gradients; 0 for none.
+    fisher
+        Measure trace and largest eigenvalue of the Fisher information at each image, and repeat attacks on the cross-entropy with
+        the margin; by default for runs that were trained with a penalty on it.
+    guarded
+        Put the run behind its guards: attacks go through them, and once more are made on the bare model.
     devices
         Processes that share the work, one per device (without torchrun).
     name
@@ -79,7 +86,7 @@ def evaluate(
         f"model.{key}=" + (f"[{text}]" if "," in text else text) for key, text in (("mean", mean), ("std", std)) if text
     ]
     options: dict[str, Any] = {"attacks": attacks, "curve": curve, "data": data, "split": split, "limit": limit, "seed": seed}
-    options |= {"teacher": teacher, "overrides": overrides, "sanity": sanity, "transfer_from": transfer_from}
+    options |= {"teacher": teacher, "overrides": overrides, "sanity": sanity, "fisher": fisher, "transfer_from": transfer_from}
     if run is not None and (mean or std):
         raise UsageError("--mean and --std belong to --model; a run brings its own normalisation.")
     if run is not None and (model is not None or weights is not None):
@@ -90,18 +97,37 @@ def evaluate(
         raise UsageError(
             "Name a run folder, or a model and data: overproof evaluate --model timm:NAME --weights FILE --data NAME."
         )
+    from overproof.report.guards import guard_text
     from overproof.report.words import evaluation_text
     from overproof.run.judging import evaluate_model, evaluate_run
     from overproof.run.launch import processes
 
     kept = ""
     with processes(devices_of(devices)):
-        if run is not None:
+        if guarded:
+            result = _behind_guards(
+                run, options, name, trust, others=bool(curve or teacher or transfer_from or fisher or devices)
+            )
+        elif run is not None:
             result = evaluate_run(run, which=which, name=name, trusted=trust, **options)
-            kept = f"\n  kept: {run / 'evaluations' / result.summary['name']}.json"
         else:
             result = evaluate_model(str(model), weights, **options)
-    show(result.summary, json_, evaluation_text(result.summary) + kept)
+    if run is not None:
+        kept = f"\n  kept: {run / 'evaluations' / result.summary['name']}.json"
+    text = evaluation_text(result.summary) + (f"\n{guard_text(result.summary)}" if guarded else "")
+    show(result.summary, json_, text + kept)
+
+
+def _behind_guards(run: Path | None, options: dict[str, Any], name: str | None, trust: bool, *, others: bool) -> Any:
+    if run is None or others:
+        raise UsageError(
+            "--guarded needs a run folder with guards, and knows neither --curve, --teacher, --transfer-from, --fisher nor --devices: "
+            "every attack is made through the guards and on the bare model anyway."
+        )
+    from overproof.run.guard_evaluation import evaluate_guarded_run
+
+    known = ("attacks", "data", "split", "limit", "seed", "overrides", "sanity")
+    return evaluate_guarded_run(run, name=name, trusted=trust, **{key: options[key] for key in known})
 
 
 def _under(attacks: dict[str, dict[str, Any]], eps: str | None, norm: str | None) -> dict[str, dict[str, Any]]:
@@ -147,7 +173,7 @@ def list_entries(
     plugins(plugin)
     import importlib
 
-    rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA"}
+    rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA", "guards": "GUARDS"}
     entries = getattr(importlib.import_module(f"overproof.{kind}"), rooms[kind]).entries() if kind in rooms else []
     rows = [{"name": e.name, "summary": e.summary, "paper": e.paper, "url": e.url, "tags": list(e.tags)} for e in entries]
     width = max((len(row["name"]) for row in rows), default=0)
@@ -161,11 +187,14 @@ def show_one(what: str, *, plugin: Plugin = (), json_: Json = False) -> None:
 
     if RunFolder(what).exists:
         from overproof.report import summarise, text_table
+        from overproof.report.learned import method_text
 
         folder = RunFolder(what)
-        facts: dict[str, Any] = {"status": folder.status, "config": folder.config, "runs": summarise([folder.path])}
+        facts: dict[str, Any] = {"status": folder.status, "config": folder.config, "method": folder.method}
+        facts["runs"] = summarise([folder.path])
         state = f"{folder.path}: {folder.status['state']} {folder.status.get('message', '')}"
-        show(facts, json_, f"{state}\n\n{(folder.path / 'config.toml').read_text()}\n{text_table(facts['runs'])}")
+        parts = [state, (folder.path / "config.toml").read_text(), text_table(facts["runs"]), method_text(folder.method)]
+        show(facts, json_, "\n".join(f"{part}\n" for part in parts if part).rstrip())
         return
     entry, kind = _entry(what)
     options = [{"name": o.name, "type": o.type_name, "default": str(o.default)} for o in entry.options().values()]
@@ -179,10 +208,11 @@ def _entry(name: str) -> tuple[Any, str]:
     from overproof.attacks import ATTACKS
     from overproof.data import DATA
     from overproof.errors import UnknownNameError
+    from overproof.guards import GUARDS
     from overproof.methods import METHODS
     from overproof.models import MODELS
 
-    tables = (METHODS, ATTACKS, MODELS, DATA)
+    tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS)
     for table in tables:
         if name in table:
             return table.get(name), table.kind

@@ -1,10 +1,10 @@
-"""train, distill, resume."""
+"""train, distill, probe-linear, resume."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from overproof.cli.options import (
     Json,
@@ -57,6 +57,7 @@ def train(
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
+    extra_data: str | None = None,
     augment: Names = (),
     attack: Names = (),
     devices: str | None = None,
@@ -83,6 +84,8 @@ def train(
         The run folder to be made.
     config
         TOML file to begin with, such as RUN/config.toml.
+    extra_data
+        Images of a generator, named as data are: 0.7 of every batch (--set data.extra_share=...) are theirs.
     augment
         crop, flip, cutout:8, randaugment:2:9, mixup:0.2, cutmix:1.0; repeatable.
     attack
@@ -91,7 +94,7 @@ def train(
     plugins(plugin)
     attacks, overrides = attacks_of(attack, set_)
     table = layer(
-        verb="train", data__name=data, data__augment=augment, model__name=model, method__name=method, seed=seed,
+        verb="train", data__name=data, data__augment=augment, data__extra=extra_data, model__name=model, method__name=method, seed=seed,
         train__epochs=epochs, train__batch_size=batch_size, train__lr=lr, train__devices=devices_of(devices), train__nodes=nodes,
         train__precision=precision, evaluation__attacks=attacks or None,
     )  # fmt: skip
@@ -101,6 +104,7 @@ def train(
 def distill(
     *,
     teacher: str | None = None,
+    standard_teacher: str | None = None,
     student: str | None = None,
     data: str | None = None,
     method: str | None = None,
@@ -109,6 +113,7 @@ def distill(
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
+    extra_data: str | None = None,
     augment: Names = (),
     attack: Names = (),
     devices: str | None = None,
@@ -127,6 +132,8 @@ def distill(
     ----------
     teacher
         The run folder of the teacher (other teachers: --set teacher.name=timm:NAME --set teacher.pretrained=true).
+    standard_teacher
+        The run folder of a second teacher, trained without attacks, for methods with two (iad-2, akd2).
     student
         A registered model, timm:NAME, torchvision:NAME or module.path:callable.
     data
@@ -137,6 +144,8 @@ def distill(
         The run folder to be made.
     config
         TOML file to begin with, such as RUN/config.toml.
+    extra_data
+        Images of a generator, named as data are: 0.7 of every batch (--set data.extra_share=...) are theirs.
     augment
         crop, flip, cutout:8, randaugment:2:9, mixup:0.2, cutmix:1.0; repeatable.
     attack
@@ -145,11 +154,67 @@ def distill(
     plugins(plugin)
     attacks, overrides = attacks_of(attack, set_)
     table = layer(
-        verb="distill", data__name=data, data__augment=augment, model__name=student, method__name=method, teacher__run=teacher,
-        seed=seed, train__epochs=epochs, train__batch_size=batch_size, train__lr=lr, train__devices=devices_of(devices),
-        train__nodes=nodes, train__precision=precision, evaluation__attacks=attacks or None,
+        verb="distill", data__name=data, data__augment=augment, data__extra=extra_data, model__name=student, method__name=method,
+        teacher__run=teacher,
+        standard_teacher__run=standard_teacher, seed=seed, train__epochs=epochs, train__batch_size=batch_size, train__lr=lr,
+        train__devices=devices_of(devices), train__nodes=nodes, train__precision=precision, evaluation__attacks=attacks or None,
     )  # fmt: skip
     _execute(table, overrides, config=config, out=out, seeds=seeds, trust=trust, as_json=json_)
+
+
+def probe_linear(
+    run: Path,
+    *,
+    out: Path,
+    data: str | None = None,
+    images: Literal["clean", "adv"] | None = None,
+    which: Literal["best", "last"] = "best",
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    augment: Names = (),
+    attack: Names = (),
+    devices: str | None = None,
+    precision: str | None = None,
+    seed: int | None = None,
+    seeds: Seeds = "",
+    set_: Set = (),
+    plugin: Plugin = (),
+    trust: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Train a new last layer on the frozen features of a run: what are they worth, and for other data?
+
+    Parameters
+    ----------
+    run
+        The run folder whose features are taken.
+    out
+        The run folder to be made.
+    data
+        A registered set, parquet:DIR, hub:NAME or folder:DIR with images of the same channels; the run's own if absent.
+    images
+        What the last layer learns from: clean images, or adversarial ones against the whole network (adv).
+    which
+        Weights of the run.
+    augment
+        crop, flip, cutout:8, randaugment:2:9, mixup:0.2, cutmix:1.0; repeatable. None if absent, whatever the run had.
+    attack
+        NAME[:key=value,...] for the final evaluation, through the whole network; repeatable. The run's own if absent.
+    """
+    plugins(plugin)
+    attacks, overrides = attacks_of(attack, set_)
+    from overproof.config import merge
+    from overproof.run.probing import probe_table
+
+    table = probe_table(run, data=data, which=which)
+    if attacks:
+        table["evaluation"]["attacks"] = attacks
+    given = layer(
+        data__augment=augment, method__images=images, seed=seed, train__epochs=epochs, train__batch_size=batch_size, train__lr=lr,
+        train__devices=devices_of(devices), train__precision=precision,
+    )  # fmt: skip
+    _execute(merge(table, given), overrides, config=None, out=out, seeds=seeds, trust=trust, as_json=json_)
 
 
 def resume(run: Path, *, trust: Trust = False, plugin: Plugin = (), json_: Json = False) -> None:

@@ -8,6 +8,7 @@ from overproof.registry import Registry
 
 if TYPE_CHECKING:
     from overproof.data.augmentation import Augment, build_augment
+    from overproof.data.extra import MixedLoader, load_extra, make_mixed
     from overproof.data.images import ImageSet
     from overproof.data.iterables import IterableLoader
     from overproof.data.load import load_data
@@ -67,6 +68,7 @@ _HOMES = {
     **dict.fromkeys(("CutMix", "Mixup"), "mixing"),
     **dict.fromkeys(("DeviceLoader", "Loader", "make_loader"), "loaders"),
     **dict.fromkeys(("Splits", "stratified_split", "stratified_subset"), "splits"),
+    **dict.fromkeys(("MixedLoader", "load_extra", "make_mixed"), "extra"),
     "StreamLoader": "stream_loader",
     "StreamSet": "streams",
     "ImageSet": "images",
@@ -76,8 +78,8 @@ _HOMES = {
 
 __all__ = [
     "DATA", "Augment", "CutMix", "Cutout", "DeviceLoader", "HorizontalFlip", "ImageSet", "IterableLoader", "Loader",
-    "Mixup", "RandAugment", "RandomCrop", "Splits", "StreamLoader", "StreamSet", "build_augment", "load_data",
-    "make_loader", "stratified_split", "stratified_subset",
+    "MixedLoader", "Mixup", "RandAugment", "RandomCrop", "Splits", "StreamLoader", "StreamSet", "build_augment", "load_data",
+    "load_extra", "make_loader", "make_mixed", "stratified_split", "stratified_subset",
 ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def load_data(
         UsageError: an option of the wrong type, or shares that leave a part empty.
         DataError: the source cannot be read, or has no test part and `test` is None.
     """
-    parts = _parts(name, root, options)
+    parts = read_parts(name, root, options)
     train, given = parts["train"], parts.get("validation")
     if "test" in parts and test is not None:
         raise UsageError(f"{name} has its own test part of {len(parts['test'])} images; leave out data.test={test:g}.")
@@ -56,7 +56,8 @@ def load_data(
     )
 
 
-def _parts(name: str, root: str | Path | None, options: dict[str, Any]) -> Parts:
+def read_parts(name: str, root: str | Path | None, options: dict[str, Any]) -> Parts:
+    """What the source itself divides into: "train", and "validation" and "test" where it has them; see `load_data`."""
     kind, colon, argument = name.partition(":")
     entry = DATA.get(kind)
     wanted = entry.positional()

@@ -25,6 +25,7 @@ class Splits:
         train: what is trained on.
         validation: what the best weights are chosen on; None if nothing was held out.
         test: what the result is measured on.
+        extra: images of a generator that join those of `train` in every batch; see `load_extra`.
 
     Raises:
         DataError: the parts differ in classes or in the shape of the images.
@@ -33,6 +34,7 @@ class Splits:
     train: Images
     validation: Images | None
     test: Images
+    extra: Images | None = None
 
     def __post_init__(self) -> None:
         for name, part in (("validation", self.validation), ("test", self.test)):

@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from overproof.evaluation.boundaries import BoundarySimilarity, boundary_similarity
+    from overproof.evaluation.comparison import Comparison, compare
     from overproof.evaluation.evaluator import evaluate
     from overproof.evaluation.records import Evaluation
     from overproof.evaluation.verdicts import Verdict, verdict
 
-__all__ = ["Evaluation", "Verdict", "evaluate", "verdict"]
-_HOMES = {"evaluate": "evaluator", "Evaluation": "records", "Verdict": "verdicts", "verdict": "verdicts"}
+__all__ = [
+    "BoundarySimilarity", "Comparison", "Evaluation", "Verdict", "boundary_similarity", "compare", "evaluate", "verdict",
+]  # fmt: skip
+_HOMES = {
+    **dict.fromkeys(("BoundarySimilarity", "boundary_similarity"), "boundaries"),
+    **dict.fromkeys(("Comparison", "compare"), "comparison"),
+    **{"evaluate": "evaluator", "Evaluation": "records", "Verdict": "verdicts", "verdict": "verdicts"},
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ from overproof.evaluation.plan import Plan
 from overproof.evaluation.records import Evaluation
 from overproof.evaluation.sharing import Group, Share
 from overproof.evaluation.summary import conclude, running
+from overproof.evaluation.watch import with_margin
 from overproof.networks import device_of, in_mode, on_device
 
 
@@ -39,6 +40,7 @@ def evaluate(
     device: torch.device | str | None = None,
     classes: Sequence[str] = (),
     sanity: int = 128,
+    fisher: bool = False,
     resume: str | Path | None = None,
 ) -> Evaluation:
     """Measure clean and robust accuracy, agreement, calibration and cost of `model` in fp32.
@@ -61,6 +63,9 @@ def evaluate(
         classes: class names for the record; taken from `data` when it knows them.
         sanity: on so many images, right untouched, the sanity panel looks for masked gradients if there is an attack with a
             radius; 0 switches it off.
+        fisher: measure trace and largest eigenvalue of the Fisher information at each image (columns "fisher/trace" and
+            "fisher/lambda_max"), and repeat each attack on the cross-entropy with the margin: what a model has to show that was
+            trained to be flat.
         resume: a file that keeps what is known (written every 20 seconds, and when the evaluation is interrupted), so that the
             same call goes on from there; it stays when all is done, to be removed when the result is kept.
 
@@ -68,10 +73,10 @@ def evaluate(
         DataError: empty data, bad pixels or labels, or a model that does not return (N, K).
         UsageError: an unknown attack or option.
     """
-    attacks = make_attacks(attacks)
-    plan = Plan(attacks, check_curve(curve, attacks), seed)
+    attacks = with_margin(make_attacks(attacks)) if fisher else make_attacks(attacks)
+    plan = Plan(attacks, check_curve(curve, attacks), seed, fisher)
     device = torch.device(device) if device is not None else device_of(model)
-    data, group = _images(data), Group.current()
+    data, group = images_of(data), Group.current()
     partial = Partial(resume, fingerprint(model, data, plan, teacher, group) if resume is not None else "", group)
     with (
         # A loader's order may draw from the global generator, and so may the model.
@@ -93,7 +98,8 @@ def evaluate(
         return group.first(lambda: _with_panel(_concluded(judge, found, names), judge, examples))
 
 
-def _images(data: Any) -> Any:
+def images_of(data: Any) -> Any:
+    """What `make_loader` takes: the test part of a set given by name, a pair of tensors as an `ImageSet`, all else as it is."""
     if isinstance(data, str):
         return load_data(data).test
     pair = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)

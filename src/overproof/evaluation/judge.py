@@ -22,6 +22,7 @@ from overproof.evaluation.partial import Partial
 from overproof.evaluation.pipeline import Chunk, Lane
 from overproof.evaluation.plan import CURVE, Plan, Stage, columns_of
 from overproof.evaluation.verdicts import Verdict, verdict
+from overproof.evaluation.watch import flatness
 from overproof.networks import full_precision, in_mode
 from overproof.types import Batch
 
@@ -149,9 +150,12 @@ class Judge:
         columns = {"index": batch.index, "label": labels, "prediction": predicted, "confidence": confidence, "_row": rows}
         columns |= {"_nll": cross_entropy(logits, labels, reduction="none")}
         columns |= {f"{name}/prediction": predicted for name in self.plan.attacks}
+        columns |= flatness(self.model, images, logits.shape[1]) if self.plan.fisher else {}
         if self.teacher is not None:
             with in_mode(self.teacher), torch.no_grad():
-                columns["teacher_prediction"] = logits_of(self.teacher, images).argmax(dim=1)
+                theirs = logits_of(self.teacher, images)
+            comparable = theirs.shape[1] == logits.shape[1]  # of other classes no two answers agree
+            columns["teacher_prediction"] = theirs.argmax(dim=1) if comparable else torch.full_like(predicted, -1)
         arrays = {name: values.cpu().numpy() for name, values in columns.items()} | {"_pixels": pixels}
         found.extend(int(places[-1]) + 1 - found.count)
         for name, values in arrays.items():

@@ -62,6 +62,18 @@ def quantile(values: np.ndarray, share: float) -> float:
     return float(low if low == high else low + (high - low) * (place - math.floor(place)))
 
 
+def roc(negative: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of negatives and of positives with a score of at least s, for falling s: from (0, 0) to (1, 1)."""
+    levels = np.unique(np.concatenate([negative, positive]))[::-1]
+    shares = [1 - np.searchsorted(np.sort(part), levels) / max(len(part), 1) for part in (negative, positive)]
+    return np.concatenate([[0.0], shares[0]]), np.concatenate([[0.0], shares[1]])
+
+
+def area(false: np.ndarray, true: np.ndarray) -> float:
+    """Area under such a curve: how often a positive has the higher score than a negative, ties counting half."""
+    return float(np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2))
+
+
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error over equal bins of confidence, in [0, 1].
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import signal
 import threading
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from overproof import console
@@ -23,6 +21,7 @@ from overproof.evaluation.findings import Column, Findings
 from overproof.evaluation.plan import Plan
 from overproof.evaluation.sharing import Group
 from overproof.folder import read_arrays, write_arrays
+from overproof.networks import anonymous, digest
 
 EVERY = 20.0  # seconds between two writings
 _FINGERPRINT = "_fingerprint"
@@ -102,23 +101,11 @@ def discard(path: Path) -> None:
 def fingerprint(model: nn.Module, data: Any, plan: Plan, teacher: nn.Module | None, group: Group) -> str:
     """What identifies an evaluation: weights, data, attacks, seed, curve. (Each image is compared again as it comes.)"""
     known = (data.index.cpu(), data.labels.cpu()) if isinstance(data, ImageSet) else ()
-    parts: list[Any] = [repr(group), plan.seed, plan.curve, type(data).__name__, len(data) if hasattr(data, "__len__") else -1]
+    asked = (plan.seed, plan.curve, plan.fisher)
+    parts: list[Any] = [repr(group), *asked, type(data).__name__, len(data) if hasattr(data, "__len__") else -1]
     parts += [hashlib.blake2b(column.numpy().tobytes()).hexdigest() for column in known]
-    parts += [_network(module) for module in (model, teacher) if module is not None]
+    parts += [digest(module) for module in (model, teacher) if module is not None]
     for name, attack in plan.attacks.items():
-        inside = [_network(value) for value in vars(attack).values() if isinstance(value, nn.Module)]
-        parts += [name, _anonymous(attack), *inside]
+        inside = [digest(value) for value in vars(attack).values() if isinstance(value, nn.Module)]
+        parts += [name, anonymous(attack), *inside]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _anonymous(value: Any) -> str:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _network(module: nn.Module) -> str:
-    digest = hashlib.blake2b(f"{type(module).__qualname__} {_anonymous(module)}".encode())
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        if isinstance(value, torch.Tensor):
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

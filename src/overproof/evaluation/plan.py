@@ -35,11 +35,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Attacks by name, radii at which the first is repeated, and the seed of their randomness."""
+    """Attacks by name, radii at which the first is repeated, the seed of their randomness, and whether flatness is measured too."""
 
     attacks: Mapping[str, Attack]
     curve: tuple[float, ...] = ()
     seed: int = 0
+    fisher: bool = False
 
     @cached_property
     def lanes(self) -> dict[str, tuple[Stage, ...]]:
@@ -85,6 +86,7 @@ def columns_of(plan: Plan, teacher: bool) -> dict[str, Column]:
     number, real = np.int64, np.float32
     columns: dict[str, Column] = {"index": (number, 0), "label": (number, 0), "prediction": (number, -1)}
     columns |= {"confidence": (real, 0), "_row": (number, 0), "_nll": (real, 0), "_pixels": (np.float64, 0)}
+    columns |= {"fisher/trace": (real, np.nan), "fisher/lambda_max": (real, np.nan)} if plan.fisher else {}
     columns |= {"teacher_prediction": (number, -1)} if teacher else {}
     for lane, stages in plan.lanes.items():
         if lane != CURVE:

@@ -23,6 +23,7 @@ from overproof.evaluation.metrics import (
 )
 from overproof.evaluation.plan import CURVE, Plan
 from overproof.evaluation.records import Evaluation
+from overproof.evaluation.watch import watched
 from overproof.models import parameters_of
 
 WIDE = 50  # classes beyond which a matrix over them goes into the samples file
@@ -42,10 +43,12 @@ def conclude(model: nn.Module, found: Findings, plan: Plan, classes: tuple[str, 
     """
     figures = _Figures(found, plan, len(classes))
     twice = normalised_twice(model, image)
+    flat, worries = watched(found, plan.attacks, figures.holds, len(classes))
     summary = {
         **figures.accuracies(),
         "passes": figures.passes(),
         "classes": list(classes),
+        "fisher": flat,
         "ece": calibration_error(found["confidence"], figures.right),
         "nll": float(found["_nll"].mean(dtype=np.float64)),
         "parameters": parameters_of(model),
@@ -54,7 +57,7 @@ def conclude(model: nn.Module, found: Findings, plan: Plan, classes: tuple[str, 
         "device": str(image.device),
         "seed": plan.seed,
         "seconds": found.facts["seconds"],
-        "warnings": figures.warnings() + ([TWICE.format(name=twice)] if twice else []),
+        "warnings": figures.warnings() + worries + ([TWICE.format(name=twice)] if twice else []),
     }
     return Evaluation(summary, figures.samples(), found.gallery)
 
@@ -78,7 +81,8 @@ class _Figures:
         found, bounded = self.found, self.plan.bounded
         # An attack without a radius breaks nearly everything: it has a distribution of sizes, and no part in a worst case.
         robust = np.logical_and.reduce([self.holds[name] for name in bounded]) if bounded else None
-        agrees = found["prediction"] == found["teacher_prediction"] if "teacher_prediction" in found.kinds else None
+        theirs = found["teacher_prediction"] if "teacher_prediction" in found.kinds else None
+        agrees = None if theirs is None or (theirs < 0).all() else found["prediction"] == theirs
         return {
             "samples": found.count,
             "clean": float(self.right.mean()),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import Attack, logits_of, predictions
-from overproof.attacks.randomness import Streams, integers
+from overproof.attacks.randomness import Streams, other_classes
 from overproof.attacks.threats import per_image
 from overproof.evaluation.counting import Passes
 from overproof.networks import full_precision, in_mode
@@ -73,4 +73,4 @@ def verdict(
 def _targets(model: nn.Module, images: Tensor, labels: Tensor, streams: Streams) -> Tensor:
     with in_mode(model), torch.no_grad():
         classes = logits_of(model, images[:1]).shape[1]
-    return (labels + 1 + integers(classes - 1, (), streams, labels.device)) % classes
+    return other_classes(labels, classes, streams)

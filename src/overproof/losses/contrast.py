@@ -19,7 +19,8 @@ def noise_contrast(positive: Tensor, negatives: Tensor, log_noise: Tensor | floa
         keep: which negatives count (N, m), or None for all.
 
     Returns:
-        (N,) in nats; log(1 + m) + m log(1 + 1/m) where all u equal -log M.
+        (N,) in nats; log(1 + m) + m log(1 + 1/m) where all u equal -log M. log m minus its mean bounds the mutual information
+        from below.
 
     Reference: Tian, Krishnan, Isola, ICLR 2020, arXiv 1910.10699, eq. (17)-(18).
     """
@@ -48,3 +49,36 @@ def info_nce(anchors: Tensor, candidates: Tensor, *, temperature: float, keep: T
     if keep is not None:
         scores = scores.masked_fill(~keep, -torch.inf)
     return scores.logsumexp(dim=1) - scores.diagonal()
+
+
+def candidates_in(labels: Tensor, *, same_class: bool = False) -> Tensor:
+    """Whom each image of a batch is compared with: itself, and the images of other classes.
+
+    Other images of its own class are no true negatives: their features ought to be alike.
+
+    Args:
+        labels: class numbers (N,).
+        same_class: compare with those too.
+
+    Returns:
+        (N, N), boolean, the diagonal True: `keep` of `info_nce`.
+    """
+    keep = labels[:, None] != labels
+    return (keep | same_class).fill_diagonal_(True)
+
+
+def weighted(values: Tensor, weights: Tensor, *, normalise: bool = True) -> Tensor:
+    """Values whose plain mean is the weighted one, N w_n v_n / sum w; without `normalise` w_n v_n.
+
+    Args:
+        values: (N,).
+        weights: (N,), at least 0, without gradient.
+        normalise: equal weights then change nothing, whatever their size. Where all are 0, so is the result.
+
+    Returns:
+        (N,).
+    """
+    weights = weights.to(values.dtype)
+    if normalise:
+        weights = weights * (len(weights) / weights.sum().clamp_min(torch.finfo(weights.dtype).eps))
+    return weights * values

@@ -60,6 +60,43 @@ METHODS.add(
     tags=("distillation", "robust"),
 )
 METHODS.add(
+    "akd2",
+    "overproof.methods.akd2:AKD2",
+    summary="Labels, a robust and a standard teacher, all three on the student's adversarial images.",
+    paper="Chen, Zhang, Liu, Chang, Wang: Robust Overfitting May Be Mitigated by Properly Learned Smoothening, ICLR 2021",
+    tags=("distillation", "robust"),
+)
+METHODS.add(
+    "iad-1",
+    "overproof.methods.iad:IAD1",
+    summary="ARD whose student trusts the teacher as far as it is right on the attacked image, and itself for the rest.",
+    paper="Zhu et al.: Reliable Adversarial Distillation with Unreliable Teachers, ICLR 2022",
+    url="https://arxiv.org/abs/2106.04928",
+    tags=("distillation", "robust"),
+)
+METHODS.add(
+    "iad-2",
+    "overproof.methods.iad:IAD2",
+    summary="AKD2 whose student trusts the robust teacher as far as it is right on the attacked image.",
+    paper="Zhu et al.: Reliable Adversarial Distillation with Unreliable Teachers, ICLR 2022",
+    url="https://arxiv.org/abs/2106.04928",
+    tags=("distillation", "robust"),
+)
+METHODS.add(
+    "adaad",
+    "overproof.methods.adaad:AdaAD",
+    summary="The student agrees with the teacher where both, looking at one perturbed image, differ most.",
+    paper="Huang, Chen, Wang, Lu, Cheng, Wang: Boosting Accuracy and Robustness of Student Models via Adaptive Adversarial Distillation, CVPR 2023",
+    tags=("distillation", "robust"),
+)
+METHODS.add(
+    "adaiad",
+    "overproof.methods.adaad:AdaIAD",
+    summary="IAD-I on the images of AdaAD, where student and teacher differ most.",
+    paper="Huang, Chen, Wang, Lu, Cheng, Wang: Boosting Accuracy and Robustness of Student Models via Adaptive Adversarial Distillation, CVPR 2023",
+    tags=("distillation", "robust"),
+)
+METHODS.add(
     "fitnet",
     "overproof.methods.fitnet:FitNet",
     summary="The student's middle map, through a regressor, equals the teacher's.",
@@ -138,6 +175,38 @@ METHODS.add(
     paper="Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024",
     url="https://arxiv.org/abs/2403.01427",
     tags=("distillation", "logits"),
+)
+METHODS.add(
+    "bss",
+    "overproof.methods.bss:BSS",
+    summary="The student also imitates the teacher on samples just behind the teacher's decision boundaries.",
+    paper="Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples Supporting Decision Boundary, AAAI 2019",
+    url="https://arxiv.org/abs/1805.05532",
+    tags=("distillation", "logits"),
+)
+METHODS.add(
+    "gacd",
+    "overproof.methods.gacd:GACD",
+    summary="Features of adversarial images find the robust teacher's features of the same images.",
+    paper="Bai, Chen, Zhao, Wen, Jiang, Kot: Guided Adversarial Contrastive Distillation for Robust Students, 2020",
+    url="https://arxiv.org/abs/2009.09922",
+    tags=("distillation", "features", "robust"),
+)
+METHODS.add(
+    "linear-probe",
+    "overproof.methods.linear_probe:LinearProbe",
+    summary="Only the last linear layer learns: what are the features below it worth, and how robust are they?",
+    paper="Alain, Bengio: Understanding Intermediate Layers using Linear Classifier Probes, 2016",
+    url="https://arxiv.org/abs/1610.01644",
+    tags=("baseline", "robust"),
+)
+METHODS.add(
+    "fim",
+    "overproof.methods.fim:FIM",
+    summary="Cross-entropy plus the trace, or the largest eigenvalue, of the Fisher information with respect to the image.",
+    paper="Shen, Peng, Zhang, Fan: Defending Against Adversarial Attacks by Suppressing the Largest Eigenvalue of Fisher Information Matrix, 2019",
+    url="https://arxiv.org/abs/1909.06137",
+    tags=("penalty",),
 )
 METHODS.add(
     "composed",

@@ -68,6 +68,11 @@ class Composed(Compound):
                 found[term if term.startswith(name) else f"{name}-{term}"] = weight * value
         return found
 
+    def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
+        """Those of all parts."""
+        inner: list[Any] = [getattr(part, "inner", part) for part in self.parts]
+        return {name: text for part in inner for name, text in part.concerns(means).items()}
+
     @property
     def validation_attack(self) -> Any:
         """The first attack under which a part is watched."""

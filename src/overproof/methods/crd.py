@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overproof.errors import UsageError
-from overproof.losses.contrast import info_nce, noise_contrast
+from overproof.losses.contrast import candidates_in, info_nce, noise_contrast
 from overproof.losses.feature_distances import wide
-from overproof.methods.crd_bank import Bank
+from overproof.methods.crd_bank import Bank, log_mean
 from overproof.methods.feature_objective import FeatureObjective, View, hard_labels
 from overproof.methods.feature_probe import ImageShape
 from overproof.types import Batch, Progress
@@ -103,8 +103,7 @@ class CRD(FeatureObjective):
                 'crd with negatives="batch" compares images of a batch with each other; give at least two (train.batch_size), or use '
                 "the bank."
             )
-        keep = (labels[:, None] != labels) | torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-        return info_nce(theirs, ours, temperature=self.temperature, keep=keep)
+        return info_nce(theirs, ours, temperature=self.temperature, keep=candidates_in(labels))
 
     def _against_bank(self, bank: Bank, ours: Tensor, theirs: Tensor, index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides' terms, a value per image; the first call sets Z."""
@@ -122,17 +121,9 @@ class CRD(FeatureObjective):
             for score in scores
         ]
         if not bool(bank.begun):
-            bank.set_scale(torch.stack([_log_z(pair, keep, len(bank)) for pair in picked]).detach())
+            bank.set_scale(torch.stack([log_mean(*pair, keep) for pair in picked]).detach() + math.log(len(bank)))
         first, second = (
             noise_contrast(pair[0] - log_z, pair[1] - log_z, log_noise, keep=keep)
             for pair, log_z in zip(picked, bank.log_z.unbind(), strict=True)
         )
         return first, second
-
-
-def _log_z(pair: tuple[Tensor, Tensor], keep: Tensor | None, rows: int) -> Tensor:
-    """log(M mean e^score) over the positives and negatives that count."""
-    positive, negatives = pair
-    others = negatives.flatten() if keep is None else negatives[keep]
-    every = torch.cat([positive, others])
-    return every.logsumexp(dim=0) - math.log(len(every)) + math.log(rows)

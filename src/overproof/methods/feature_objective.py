@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,10 @@ class SharedForward(Objective):
         networks = (self.student, self.teacher)
         shared = {id(parameter) for net in networks if net is not None for parameter in net.parameters()}
         return sum(parameter.numel() for parameter in self.parameters() if id(parameter) not in shared)
+
+    def describe(self) -> dict[str, Any]:
+        """The size of what is thrown away after training."""
+        return {"adapter_parameters": self.adapter_parameters}
 
     def watch(self, places: Sequence[Place], *, teacher_extra: Sequence[str] = ()) -> None:
         """Tap exactly these places, and further layers of the teacher; a layer that several share is read once."""

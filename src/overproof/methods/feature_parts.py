@@ -59,6 +59,8 @@ class Whole(FeatureObjective):
         super().__init__(student, teacher)
         self.echoes = nn.ModuleList([Echo(student), Echo(teacher)])
         wanted = len(METHODS.get(name).positional())
+        if wanted > len(self.echoes):
+            raise UsageError(f"The method {name!r} learns from two teachers and cannot be part of another one.")
         self.inner: Objective = METHODS.create(name, *self.echoes[:wanted], **options)
         if self.inner.phases != ("train",):
             raise UsageError(f"The method {name!r} trains in the phases {self.inner.phases} and cannot be part of another one.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import ClassVar, Literal
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,27 @@ from overproof.types import Batch, Output, Progress
 AttackMode = Literal["eval", "train"]
 
 
+class Memory:
+    """What a forward made of images without leaving a graph, for a second forward over the same batch."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._left: dict[str, deque[tuple[Tensor, Tensor]]] = {}
+
+    def rewind(self) -> None:
+        """From now on tell what is known, in the order in which it was made."""
+        self._left = {kind: deque(entries) for kind, entries in self._made.items()}
+
+    def recall(self, kind: str, images: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What was made of these images, if that is what comes next; else `make()`, which is remembered."""
+        left = self._left.get(kind)
+        if left and torch.equal(left[0][0], images):
+            return left.popleft()[1]
+        found = make()
+        self._made.setdefault(kind, []).append((images, found))
+        return found
+
+
 class Objective(nn.Module, ABC):
     """A method: student, frozen teacher, adapters, and one forward that does all trainable work of a step.
 
@@ -29,12 +51,16 @@ class Objective(nn.Module, ABC):
     """
 
     phases: ClassVar[tuple[str, ...]] = ("train",)
+    partial: ClassVar[bool] = False  # whether a step may leave some of its parameters without gradient
+    needs_same_classes: bool = True  # whether it compares what both networks answer
+    same_classes: bool = True  # whether student and teacher have as many, which is found out when a run begins
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
         self._known_teacher_logits: Tensor | None = None
+        self._memory: Memory | None = None
         if teacher is not None:
             teacher.requires_grad_(False).eval()
 
@@ -62,6 +88,18 @@ class Objective(nn.Module, ABC):
         frozen = {k: v for k, v in self.state_dict().items() if k.startswith("teacher.")}
         self.load_state_dict({**frozen, **state})
 
+    def describe(self) -> dict[str, Any]:
+        """What it has learned beside the student, in plain values: kept in the run, and told by `overproof show`."""
+        return {}
+
+    def illustrate(self, batch: Batch) -> dict[str, Tensor]:
+        """What of that can be looked at on these images, by name; called in eval mode and without gradients."""
+        return {}
+
+    def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
+        """What a person should know about an epoch with these `means` of losses and logs: sentences by name, each told once a run."""
+        return {}
+
     @property
     def validation_attack(self) -> PGD | None:
         """The attack under which a robust method is watched during training; None for the others."""
@@ -72,13 +110,21 @@ class Objective(nn.Module, ABC):
         assert self.teacher is not None
         if self._known_teacher_logits is not None:
             return self._known_teacher_logits[batch.index]
+        return self._once("teacher", batch.images, lambda: self._ask_teacher(batch.images))
+
+    def _ask_teacher(self, images: Tensor) -> Tensor:
+        assert self.teacher is not None
         with torch.no_grad():
-            logits: Tensor = self.teacher(batch.images)
+            logits: Tensor = self.teacher(images)
         return logits
 
     def remember_teacher(self, logits: Tensor | None) -> None:
         """Use `logits[index]` (M, K) instead of running the teacher: exact as long as images are not augmented."""
         self._known_teacher_logits = logits
+
+    def _once(self, kind: str, images: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`; in the second of two forwards over a batch (see `remembering`) what the first one made."""
+        return make() if self._memory is None else self._memory.recall(kind, images, make)
 
 
 class RobustObjective(Objective):
@@ -88,9 +134,12 @@ class RobustObjective(Objective):
         student, teacher: see `Objective`.
         norm: "Linf", "L2" or "L1".
         eps: radius, pixel units.
-        step_size: length of an inner step, pixel units.
+        step_size: length of an inner step, pixel units; None: eps / 4, and 1.25 eps if there is only one step.
         steps: inner steps.
         attack_mode: mode of the student's BatchNorm and dropout while it is attacked.
+
+    Attributes:
+        eps_warmup: epochs over which radius and step grow linearly to their full sizes, at least 0. A method need not know.
     """
 
     start: ClassVar[Start] = "uniform"
@@ -102,30 +151,77 @@ class RobustObjective(Objective):
         *,
         norm: Norm = "Linf",
         eps: float = 8 / 255,
-        step_size: float = 2 / 255,
+        step_size: float | None = 2 / 255,
         steps: int = 10,
         attack_mode: AttackMode = "eval",
     ) -> None:
         super().__init__(student, teacher)
         self.threat: Threat = make_ball(norm, eps)
+        if step_size is None:
+            step_size = (1.25 if steps == 1 else 0.25) * eps or 2 / 255  # a ball of radius 0 takes any step
         if steps < 1 or step_size <= 0 or attack_mode not in ("eval", "train"):
             raise UsageError(
                 f"The inner attack needs steps >= 1, step_size > 0 and attack_mode eval or train, not {steps}, {step_size} and {attack_mode!r}."
             )
         self.step_size, self.steps, self.attack_mode = step_size, steps, attack_mode
         self.norm: Norm = norm
+        self.eps_warmup, self._share = 0.0, 1.0
+        self.register_forward_pre_hook(_grow, with_kwargs=True)
+
+    def share(self, progress: Progress) -> float:
+        """Share of the full radius at this step, min(1, (step + 1) / steps of the warm-up)."""
+        warmup = self.eps_warmup * progress.total / progress.epochs
+        return min(1.0, (progress.step + 1) / warmup) if warmup else 1.0
 
     def perturb(self, loss: Loss, images: Tensor) -> Tensor:
         """Images that maximise `loss(x, rows)` under the method's threat, student in `attack_mode`."""
+        return self._once("attack", images, lambda: self._attack(loss, images))
+
+    def _attack(self, loss: Loss, images: Tensor) -> Tensor:
+        threat = self.threat if self._share == 1 else make_ball(self.norm, self._share * self.threat.eps)
         # fp16 gradients of confident predictions underflow to zero, and such images would never move; bf16 has the range.
         half = torch.is_autocast_enabled(images.device.type) and torch.get_autocast_dtype(images.device.type) == torch.float16
         with (
             in_mode(self.student, self.attack_mode),
             torch.autocast(images.device.type, enabled=False) if half else nullcontext(),
         ):
-            return ascend(loss, images, self.threat, steps=self.steps, step_size=self.step_size, start=self.start)
+            return ascend(loss, images, threat, steps=self.steps, step_size=self._share * self.step_size, start=self.start)
 
     @property
     def validation_attack(self) -> PGD | None:
         """PGD-10 under the method's own threat."""
         return PGD(norm=self.norm, eps=self.threat.eps, steps=10)
+
+    @property
+    def one_step_attack(self) -> PGD | None:
+        """One step as the method takes it, where it takes no more; what PGD finds beside it tells whether that is enough."""
+        if self.steps > 1:
+            return None
+        start = self.start == "uniform"
+        return PGD(norm=self.norm, eps=self.threat.eps, steps=1, step_size=self.step_size, random_start=start, early_stop=False)
+
+
+def _grow(objective: RobustObjective, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Each forward begins by looking where training stands, so that no method has to hand it on to `perturb`."""
+    progress = next((value for value in (*arguments, *named.values()) if isinstance(value, Progress)), None)
+    objective._share = 1.0 if progress is None else objective.share(progress)
+
+
+@contextmanager
+def remembering(objective: Objective) -> Iterator[Callable[[], None]]:
+    """For two forwards over one batch: once what this yields was called, attacks and teacher's logits are those made before."""
+    memories = []
+    parts = [part for part in objective.modules() if isinstance(part, Objective)]
+    for part in parts:
+        part._memory = Memory()
+        memories.append(part._memory)
+
+    def again() -> None:
+        for memory in memories:
+            memory.rewind()
+
+    try:
+        yield again
+    finally:
+        for part in parts:
+            part._memory = None

@@ -13,7 +13,7 @@ from overproof.features import penultimate
 from overproof.methods.feature_objective import FeatureObjective, Seen
 from overproof.methods.feature_parts import Compound, make_part
 from overproof.methods.feature_probe import ImageShape, pooled_map
-from overproof.methods.sokd_areas import AreaHead, Overlap, cell_weights, count_boxes, find_boxes
+from overproof.methods.sokd_areas import AreaHead, Overlap, box_shares, cell_weights, count_boxes, enough_cells, find_boxes
 from overproof.methods.sokd_policy import NAMES, Policy
 from overproof.methods.sokd_search import Parameters, called_with, consistency, first_order, unrolled
 from overproof.methods.sokd_views import Step, refine_all, with_refined
@@ -63,8 +63,8 @@ class SoKD(Compound):
 
     Differences from the paper: built from its abstract, a summary and the authors' development code. All 36 pairs by default
     (that code draws 35); translations scaled as meant; the finite differences of the search are replaced by what they estimate,
-    with a running mean as baseline; held-back images; first-order search by default; boxes keep a smallest size; what happens to
-    bases other than FitNet is inferred.
+    with a running mean as baseline; held-back images; first-order search by default; boxes keep a smallest size, and cells
+    of equal heat are drawn by chance, so that a head that has died looks everywhere; what happens to bases other than FitNet is inferred.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SoKD(Compound):
         spatial = [i for i, place in enumerate(parts[-1].places) if place.spatial]
         self.spot = spatial[(len(spatial) - 1) // 2]
         channels, height, width = parts[-1].places[self.spot].teacher_shape
-        _enough_cells(self.areas, height, width)
+        enough_cells(self.areas, height, width)
         images = self.probe_images()
         kinds = self.teach(
             Batch(images.to(next(self.teacher.parameters()).device), *[torch.zeros(len(images))] * 2)
@@ -160,8 +160,7 @@ class SoKD(Compound):
             self._step = None
         if gradients is not None:
             self.policy.update(gradients)
-        logs = {"policy beta": self.policy.beta.mean(), "policy magnitude": self.policy.magnitude.mean(), **self._logs}
-        return Output(losses, seen.logits, logs)
+        return Output(losses, seen.logits, {**self._logs, **(self.policy.figures() if searching else {})})
 
     def terms(self, seen: Seen, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The base method's terms on refined features, and the head's."""
@@ -176,7 +175,7 @@ class SoKD(Compound):
             first_order(self.policy, step.leaves, consistency(theirs, ours))
         if not step.attached:
             refined = {name: value.detach() for name, value in refined.items()}
-        weights, found = self._find_areas(ours, refined[place.teacher])
+        weights, found = self._find_areas(ours, refined[place.teacher], step.draw.seed)
         plain = views[-1].teacher_features[self.spot]
         with torch.no_grad():
             self._logs |= {"refined gap": consistency(theirs, ours), "plain gap": consistency(plain, ours)}
@@ -185,15 +184,16 @@ class SoKD(Compound):
             found |= {name: factor * value for name, value in terms.items()}
         return found
 
-    def _find_areas(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _find_areas(self, ours: Tensor, theirs: Tensor, seed: int) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Weights of the cells (N, 1, H, W), and the head's term; the weights carry no gradient."""
         self._logs = {}
         if self.head is None:
             return None, {}
-        _enough_cells(self.areas, *ours.shape[2:])
+        enough_cells(self.areas, *ours.shape[2:])
         mine, his = self.head(torch.cat([ours, theirs.to(ours.dtype)])).float().chunk(2)
         with torch.no_grad():
-            boxes = find_boxes(mine, self.areas, smallest=self.smallest_box)
+            chance = torch.Generator(mine.device).manual_seed(seed)
+            boxes = find_boxes(mine, self.areas, smallest=self.smallest_box, generator=chance)
             counts = count_boxes(boxes, (ours.shape[2], ours.shape[3])).to(ours.dtype)
             self._logs = {"coverage": (counts > 0).float().mean(), "heat spread": mine[:, :-4].std(dim=(2, 3)).mean()}
         return cell_weights(counts, self.overlap), {"sokd-areas": self.area_loss_weight * (mine - his).square().mean()}
@@ -226,16 +226,13 @@ class SoKD(Compound):
 
     def describe(self) -> dict[str, Any]:
         """The learned policy and the size of what is thrown away, in plain values."""
-        return {
-            "policy": self.policy.table(),
-            "searched_steps": int(self.policy.steps),
-            "adapter_parameters": self.adapter_parameters,
-        }
+        return {**super().describe(), "searched_steps": int(self.policy.steps), "policy": self.policy.table()}
 
-
-def _enough_cells(areas: int, height: int, width: int) -> None:
-    if areas > height * width:
-        raise UsageError(
-            f"sokd: areas={areas} boxes do not fit into a map of {height} x {width} cells. Lower areas, or name larger layers "
-            "(base_options or hint_options: student_layers, teacher_layers)."
-        )
+    def illustrate(self, batch: Batch) -> dict[str, Tensor]:
+        """Where the head looks: boxes (N, P, 4) of both networks, x1, y1, x2, y2 as shares of the image; {} without a head."""
+        if self.head is None:
+            return {}
+        view = self.parts[-1].view(self.look(batch, self.teach(batch)))  # type: ignore[operator]
+        maps = {"student_boxes": view.features[self.spot], "teacher_boxes": view.teacher_features[self.spot]}
+        boxes = {n: box_shares(self.head, f, self.areas, smallest=self.smallest_box) for n, f in maps.items()}
+        return {"images": batch.images, **boxes}

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overproof.errors import UsageError
+
 Overlap = Literal["sum", "square", "union"]
+TIE = 1e-6  # differences of heat, which lies in [0.5, 1), below which cells are as good as each other
 
 
 class AreaHead(nn.Module):
@@ -33,7 +36,7 @@ class AreaHead(nn.Module):
         return torch.cat([heat.sigmoid(), size, offset], dim=1)
 
 
-def find_boxes(areas: Tensor, count: int, *, smallest: float = 0.0) -> Tensor:
+def find_boxes(areas: Tensor, count: int, *, smallest: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
     """The corners of the `count` hottest boxes, (N, count, 4) as x1, y1, x2, y2: whole cells, ends included.
 
     Local maxima of the heat over 3x3 cells, the highest first; centre = cell + offset, corners = centre -+ size / 2, kept
@@ -43,10 +46,13 @@ def find_boxes(areas: Tensor, count: int, *, smallest: float = 0.0) -> Tensor:
         areas: what `AreaHead` says of the student, (N, kinds + 4, H, W).
         count: boxes P, at most H W.
         smallest: least width and height of a box, as a share of the map's.
+        generator: by which cells of equal heat are drawn; None: as they come, which in a flat map are always the same few.
     """
     heat, (height, width) = areas[:, :-4], areas.shape[2:]
-    peaks = heat * (heat == F.max_pool2d(heat, 3, stride=1, padding=1))
-    cell = peaks.flatten(1).topk(count, dim=1).indices % (height * width)
+    peaks = (heat * (heat == F.max_pool2d(heat, 3, stride=1, padding=1))).flatten(1)
+    if generator is not None:
+        peaks = peaks + TIE * torch.rand(peaks.shape, generator=generator, device=peaks.device, dtype=peaks.dtype)
+    cell = peaks.topk(count, dim=1).indices % (height * width)
     column, row = cell % width, cell // width
     there = areas[:, -4:].flatten(2).gather(2, cell[:, None].expand(-1, 4, -1))
     wide, high, dx, dy = there.unbind(dim=1)
@@ -55,6 +61,27 @@ def find_boxes(areas: Tensor, count: int, *, smallest: float = 0.0) -> Tensor:
     corners = torch.stack([x - wide / 2, y - high / 2, x + wide / 2, y + high / 2], dim=2)
     limits = torch.tensor([width - 1, height - 1, width - 1, height - 1], device=areas.device, dtype=corners.dtype)
     return torch.minimum(corners.clamp_min(0), limits).long()
+
+
+def box_shares(head: AreaHead, feature: Tensor, count: int, *, smallest: float = 0.0) -> Tensor:
+    """The hottest boxes of a map, (N, count, 4) as x1, y1, x2, y2 in shares of its width and height, ends excluded."""
+    boxes = find_boxes(head(feature).float(), count, smallest=smallest)
+    height, width = feature.shape[2:]
+    ends = torch.tensor([0, 0, 1, 1], device=boxes.device)
+    return (boxes + ends) / torch.tensor([width, height, width, height], device=boxes.device)
+
+
+def enough_cells(count: int, height: int, width: int) -> None:
+    """Refuse more boxes than the map has cells.
+
+    Raises:
+        UsageError: more boxes than cells.
+    """
+    if count > height * width:
+        raise UsageError(
+            f"sokd: areas={count} boxes do not fit into a map of {height} x {width} cells. Lower areas, or name larger layers "
+            "(base_options or hint_options: student_layers, teacher_layers)."
+        )
 
 
 def count_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -136,7 +136,8 @@ class Policy(nn.Module):
     def reinforce(self, draw: Draw, reward: Tensor) -> dict[str, Tensor]:
         """Score-function gradients of -reward: -(r - b) d/d(alpha, beta) log p(choice, bits), of the chosen sub-policy alone."""
         advantage = (reward - self.baseline).detach()
-        self.baseline = torch.where(self.steps > 0, 0.9 * self.baseline + 0.1 * reward.detach(), reward.detach())
+        common = _mean_over_processes(reward.detach())  # all processes keep the same baseline
+        self.baseline = torch.where(self.steps > 0, 0.9 * self.baseline + 0.1 * common, common)
         chosen = torch.zeros_like(self.alpha)
         chosen[draw.choice] = 1
         bits = torch.tensor(draw.bits, dtype=self.beta.dtype, device=self.beta.device)
@@ -165,6 +166,20 @@ class Policy(nn.Module):
         """The two operations of each sub-policy."""
         return [PAIRS[i] for i in self.pairs.tolist()]
 
+    def figures(self) -> dict[str, Tensor]:
+        """By operation: how often a draw applies it on average, and its mean magnitude, 0-d tensors."""
+        names = sorted({name for pair in self.names() for name in pair}, key=list(OPERATIONS).index)
+        which = torch.tensor(
+            [[names.index(name) for name in pair] for pair in self.names()], device=self.alpha.device
+        ).flatten()
+        share = self.alpha.softmax(dim=0)[:, None].expand_as(self.beta)
+        drawn, applied, levels = (
+            value.new_zeros(len(names)).index_add(0, which, value.flatten())
+            for value in (share, share * self.beta, share * self.magnitude)
+        )
+        columns = {"applied per draw": applied, "magnitude": levels / drawn.clamp_min(EDGE)}
+        return {f"{kind}/{name}": value[i] for kind, value in columns.items() for i, name in enumerate(names)}
+
     def table(self) -> list[dict[str, Any]]:
         """A plain row for each sub-policy, the most probable first: operations, weight, probabilities, magnitudes."""
         columns: Sequence[Any] = (self.alpha.softmax(dim=0).tolist(), self.beta.tolist(), self.magnitude.tolist())
@@ -178,9 +193,9 @@ def _through(value: Tensor) -> Tensor:
     return value - value.detach()
 
 
-def _mean_over_processes(gradient: Tensor) -> Tensor:
+def _mean_over_processes(value: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gradient = gradient.clone()
-        torch.distributed.all_reduce(gradient)
-        gradient = gradient / torch.distributed.get_world_size()
-    return gradient
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value = value / torch.distributed.get_world_size()
+    return value

@@ -16,6 +16,9 @@ TERMS = 6
 BARS = 20
 
 Line = tuple[list[float], list[float]]
+SPLITS = "Bold: validation split. Faint: training images."
+TEACHER = [("train", f"teacher reliability/{key}") for key in ("probability of the label", "share below 0.5")]
+TRUST = "On the student's adversarial images. Bold: the teacher's mean probability of the label. Faint: share of images below one half."
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ def scatter(rows: Sequence[Row]) -> Chart | None:
 def training(runs: Sequence[Run]) -> list[Chart]:
     """Accuracies, then the loss, its named terms and whatever else was logged, over epochs."""
     names = dict.fromkeys(key for run in runs for record in run.metrics for key in table(record.get("train")))
-    terms = [key for key in names if key not in ("loss", "accuracy")]
+    terms = [key for key in names if key not in ("loss", "accuracy") and "/" not in key]
     charts = [
         _epochs(runs, "Accuracy", [("validation", "clean"), ("train", "accuracy")], "accuracy (%)"),
         _epochs(runs, "Robust accuracy, validation", [("validation", "robust")], "robust accuracy (%)"),
+        _epochs(runs, "Teacher reliability", TEACHER, "probability, share of images", note=TRUST),
         _epochs(runs, "Loss", [("validation", "loss"), ("train", "loss")], "loss"),
         *(_epochs(runs, f"Training: {key}", [("train", key)], key) for key in terms[:TERMS]),
     ]
@@ -70,13 +74,39 @@ def training(runs: Sequence[Run]) -> list[Chart]:
     return found
 
 
+def families(run: Run) -> list[tuple[Chart, list[str]]]:
+    """What was logged as FAMILY/MEMBER over epochs, a drawing per family, with the members in the order of their lines."""
+    names = dict.fromkeys(key for record in run.metrics for key in table(record.get("train")) if "/" in key)
+    found: dict[str, list[str]] = {}
+    for key in names:
+        family, _, member = key.partition("/")
+        found.setdefault(family, []).append(member)
+    return [(_family(run, family, members), members) for family, members in found.items()]
+
+
+def _family(run: Run, family: str, members: Sequence[str]) -> Chart:
+    lines = [_series(run, "train", f"{family}/{member}", 1.0) for member in members]
+    limit = max(POINTS // len(lines), 20)
+
+    def paint(axes: Any) -> None:
+        for position, line in enumerate(lines):
+            x, y = _thinned(*line, limit)
+            axes.plot(x, y, marker="o" if len(x) == 1 else "", markersize=4, **line_style(position))
+        axes.set(xlabel="epoch", ylabel=family)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return Chart(family, draw(paint, f"{family} over epochs, a line each for {', '.join(members)}"))
+
+
 def _series(run: Run, section: str, key: str, scale: float) -> Line:
     pairs = [(record.get("epoch"), table(record.get(section)).get(key)) for record in run.metrics]
     kept = [(x + 1, scale * y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
-def _epochs(runs: Sequence[Run], title: str, sources: Sequence[tuple[str, str]], label: str) -> Chart | None:
+def _epochs(
+    runs: Sequence[Run], title: str, sources: Sequence[tuple[str, str]], label: str, *, note: str = SPLITS
+) -> Chart | None:
     scale = 100.0 if label.endswith("(%)") else 1.0
     lines = [[_series(run, *source, scale) for source in sources] for run in runs]
     drawn = [i for i in range(len(sources)) if any(found[i][0] for found in lines)]
@@ -93,8 +123,7 @@ def _epochs(runs: Sequence[Run], title: str, sources: Sequence[tuple[str, str]],
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    note = "Bold: validation split. Faint: training images." if len(drawn) > 1 else ""
-    return Chart(title, draw(paint, f"{title} over epochs, a line per run"), note)
+    return Chart(title, draw(paint, f"{title} over epochs, a line per run"), note if len(drawn) > 1 else "")
 
 
 def _thinned(x: list[float], y: list[float], limit: int) -> Line:

@@ -52,11 +52,11 @@ def _picture(found: dict[str, np.ndarray], i: int, classes: list[str]) -> Pictur
         number = int(found[key][i])
         words[key] = classes[number] if 0 <= number < len(classes) else str(number)
     attack = str(found["attack"][i]) if "attack" in found else ""
-    uris = {"clean": _png(clean), "adversarial": _png(adversarial), "difference": _png(0.5 + factor * change)}
+    uris = {"clean": png(clean), "adversarial": png(adversarial), "difference": png(0.5 + factor * change)}
     return Picture(**uris, **words, factor=factor, size=size, attack=attack)
 
 
-def _png(pixels: np.ndarray) -> str:
+def png(pixels: np.ndarray) -> str:
     """(C, H, W) in [0, 1] as a data URI; other than 1 or 3 channels are averaged to grey."""
     from PIL import Image
 

@@ -29,7 +29,7 @@ def confusion(run: Run) -> Chart | None:
     fields = counts[np.ix_(shown, shown)]
 
     def paint(axes: Any) -> None:
-        _field(axes, fields / fields.max() * 0.9, RIGHT, (-0.5, len(shown) - 0.5, len(shown) - 0.5, -0.5))
+        fill(axes, fields / fields.max() * 0.9, RIGHT, (-0.5, len(shown) - 0.5, len(shown) - 0.5, -0.5))
         if len(shown) <= COUNTED:
             for row, column in zip(*np.nonzero(fields), strict=True):
                 axes.text(column, row, f"{fields[row, column]:g}", ha="center", va="center", fontsize=7)
@@ -75,7 +75,7 @@ def _surface(margins: np.ndarray, sizes: np.ndarray, radius: np.ndarray, label: 
 
     def paint(axes: Any) -> None:
         for color, side in ((RIGHT, margins < 0), (WRONG, margins >= 0)):
-            _field(axes, np.where(side, strength, 0.0), color, (-2, 2, -2, 2))
+            fill(axes, np.where(side, strength, 0.0), color, (-2, 2, -2, 2))
         axes.contour(radius / eps, radius / eps, sizes, levels=[eps], colors=[INK], linewidths=1.2)
         axes.plot([0], [0], marker="+", color=INK, markersize=7)
         axes.grid(visible=False)
@@ -89,7 +89,7 @@ def _surface(margins: np.ndarray, sizes: np.ndarray, radius: np.ndarray, label: 
     )
 
 
-def _field(axes: Any, opacity: np.ndarray, color: str, extent: tuple[float, float, float, float]) -> None:
+def fill(axes: Any, opacity: np.ndarray, color: str, extent: tuple[float, float, float, float]) -> None:
     """A colour whose opacity says how much: it suits light and dark pages."""
     from matplotlib.colors import to_rgb
 

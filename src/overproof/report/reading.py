@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from overproof.errors import FolderError, UsageError
-from overproof.folder import RunFolder, read_json
+from overproof.folder import RunFolder, read_arrays, read_json
+from overproof.report.flatness import flatness_lines
 from overproof.report.values import attack_facts, items, number, sanity_facts, table
 
 TRACES = ("status.json", "config.toml", "environment.json", "metrics.jsonl", "model.json", "evaluations")
@@ -28,6 +29,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -53,9 +55,14 @@ class Run:
             self._gallery = self._try("gallery", lambda: self.folder.arrays(self.chosen or "", "gallery"), {})
         return self._gallery or {}
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the method has to show, or {}; a damaged file adds a warning."""
+        path = self.folder.path / "method.npz"
+        return self._try("method.npz", lambda: read_arrays(path), {}) if path.exists() else {}
+
     def read(self) -> Run:
         """Fill this record from the folder."""
-        for part in ("config", "environment", "status"):
+        for part in ("config", "environment", "status", "method"):
             setattr(self, part, self._try(part, partial(getattr, self.folder, part), {}))
         if (path := self.folder.path / "model.json").exists():
             self.model = self._try("model.json", partial(_table_in, path), {})
@@ -97,13 +104,14 @@ def _evaluation(path: Path) -> dict[str, Any]:
     if number(raw.get("clean")) is None:
         raise FolderError(f'{path} has no number "clean"; evaluate the run again.')
     figures = ("clean", "worst_case", "ece", "nll", "parameters", "macs", "samples", "seconds")
-    parts = ("curve", "agreement", "per_class", "latency_ms")
+    parts = ("curve", "agreement", "per_class", "latency_ms", "guard")
     return {
         **raw,
         **{key: number(raw.get(key)) for key in figures},
         **{key: table(raw.get(key)) for key in parts},
         "attacks": {name: attack_facts(facts) for name, facts in table(raw.get("attacks")).items() if isinstance(facts, dict)},
         "sanity": sanity_facts(raw.get("sanity")),
+        "flatness": flatness_lines(raw.get("fisher")),
         "classes": [str(name) for name in items(raw.get("classes"))],
         "warnings": [str(text) for text in items(raw.get("warnings"))],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from overproof.report.flatness import flatness_lines
 from overproof.report.table import NONE, work
 from overproof.report.values import attack_facts, interval, number, sanity_facts
 
@@ -22,6 +23,7 @@ def evaluation_text(summary: dict[str, Any]) -> str:
             f"  curve of {summary['curve']['attack']}: " + "  ".join(f"{eps:.4g}: {robust:.2%}" for eps, robust in pairs)
         )
     lines += _panel(sanity_facts(summary.get("sanity")))
+    lines += [f"  {line}" for line in flatness_lines(summary.get("fisher"))]
     if summary["agreement"]:
         lines.append(f"  agreement with the teacher {summary['agreement']['clean']:.2%}")
     lines.append(f"  ECE {summary['ece']:.4f}  NLL {summary['nll']:.4f}  {summary['parameters']:,} parameters")
@@ -45,8 +47,10 @@ def _attack(name: str, facts: dict[str, Any]) -> list[str]:
     else:
         figure = f"robust accuracy {_share(facts['robust'], facts['interval'])}"
     cost = f"  {passes} passes an image (forward + backward)" if passes != NONE else ""
+    rate = facts["success_rate"]
+    broken = f"  broken {rate:.1%} of {facts['success_denominator'] or 0:g}" if rate is not None and not sizes else ""
     blind = "  NO GRADIENT" if facts["no_gradient"] else ""
-    lines = [f"  {name:24} {threat}  {figure}{cost}  {facts['seconds'] or 0:.1f} s{blind}"]
+    lines = [f"  {name:24} {threat}  {figure}{cost}{broken}  {facts['seconds'] or 0:.1f} s{blind}"]
     if facts["members"]:
         counts = (f"{member} {member_facts.get('broken', 0):g}" for member, member_facts in facts["members"].items())
         lines.append(f"  {'':24} broken by: {', '.join(counts)}")
@@ -66,3 +70,29 @@ def _panel(sanity: dict[str, Any]) -> list[str]:
     lines = [f"  sanity on {sanity['samples'] or 0:g} images: {verdict}"]
     lines += [f"    failed: {check['name']}. {check['text']}" for check in failed]
     return [*lines, f"    passed (images against the model / tolerated): {', '.join(counts) or 'none'}"]
+
+
+def comparison_text(summary: dict[str, Any]) -> str:
+    """Two models side by side, a line for each figure; brackets hold 95 % intervals."""
+    first, second = summary["names"]
+    low, high = summary["difference_interval"]
+    shares = zip(summary["clean"], summary["clean_intervals"], strict=True)
+    lines = [f"{summary['samples']} images, A: {first}, B: {second}"]
+    lines += [f"  {f'clean accuracy of {name}':24} {_share(*share)}" for name, share in zip("AB", shares, strict=True)]
+    lines.append(
+        f"  {'A minus B, in points':24} {100 * summary['difference']:+.2f} [{100 * low:+.1f}, {100 * high:+.1f}], paired"
+    )
+    lines.append(f"  {'right alone':24} A {summary['only'][0]}, B {summary['only'][1]}")
+    lines.append(f"  {'same prediction':24} {_share(summary['agreement'], summary['agreement_interval'])}")
+    return "\n".join(lines + _boundaries(summary["boundary"]))
+
+
+def _boundaries(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    lines = []
+    for key, name in (("mag_sim", "MagSim (distance)"), ("ang_sim", "AngSim (direction)")):
+        low, high = found[f"{key}_interval"]
+        lines.append(f"  {name:24} {found[key]:.4f} [{low:.3f}, {high:.3f}]")
+    end = f"from {found['images']} images; {found['pairs']} pairs of walks crossed, {found['kept']:.1%} of all"
+    return [*lines, f"  {'':24} boundaries seen {end}"]

@@ -46,6 +46,7 @@ def train(
     out: str | Path | None = None,
     validation_data: Any = None,
     test_data: Any = None,
+    extra_data: Any = None,
     attacks: Mapping[str, Any] | Sequence[Any] = (),
     curve: Sequence[float] = (),
     model_options: Mapping[str, Any] | None = None,
@@ -63,6 +64,7 @@ def train(
         out: run folder; the next free `runs/METHOD-n` if None.
         validation_data: held-out images for choosing the best weights; without them the last are the best.
         test_data: images for the final evaluation.
+        extra_data: images of a generator, as `data` but no iterable: `extra_share` (0.7) of every batch are theirs.
         attacks, curve: for the final evaluation, as in `evaluate`.
         model_options, data_options: options of a registered model and data set.
         resume: continue the run in `out`.
@@ -74,7 +76,7 @@ def train(
     Raises:
         UsageError: an unknown option, name or combination.
     """
-    return _start(None, model, data, locals())
+    return start(None, model, data, locals())
 
 
 def distill(
@@ -83,9 +85,11 @@ def distill(
     data: Any,
     *,
     method: str | Sequence[str] = "kd",
+    standard_teacher: nn.Module | str | Path | None = None,
     out: str | Path | None = None,
     validation_data: Any = None,
     test_data: Any = None,
+    extra_data: Any = None,
     attacks: Mapping[str, Any] | Sequence[Any] = (),
     curve: Sequence[float] = (),
     model_options: Mapping[str, Any] | None = None,
@@ -99,6 +103,7 @@ def distill(
         student: as `model` in `train`.
         teacher: images in [0, 1] -> logits (N, K), left as it is; or a run folder.
         method: registered name of a method, or several that are added up (with `weights` and `options` by name).
+        standard_teacher: as `teacher`, but trained without attacks; for methods that have it beside a robust one (iad-2, akd2).
         all others: see `train`.
 
     Returns:
@@ -107,23 +112,33 @@ def distill(
     Raises:
         UsageError: an unknown option, name or combination.
     """
-    return _start(teacher, student, data, locals())
+    return start(teacher, student, data, locals())
 
 
-def _start(teacher: Any, student: Any, data: Any, given: dict[str, Any]) -> Run:
+def start(teacher: Any, student: Any, data: Any, given: dict[str, Any], *, source: nn.Module | None = None) -> Run:
+    """What the verbs share: arguments sorted into a configuration, which is executed.
+
+    Args:
+        teacher, student, data: as in `distill`.
+        given: the other arguments of the verb by name.
+        source: a network whose copy, under a new last layer, is the student.
+    """
     method = given["method"] if isinstance(given["method"], str) else ",".join(given["method"])
     layer = _sort(method, given["options"])
     own_data = isinstance(data, str)
     layer["data"] = {"name": data if own_data else USER, **layer["data"]}
     layer["model"] = {"name": student if isinstance(student, str) else USER}
-    if teacher is not None:
-        own = isinstance(teacher, nn.Module)
-        layer["teacher"] = {"name": USER} if own else {"run": str(teacher)}
+    for place, network in (("teacher", teacher), ("standard_teacher", given.get("standard_teacher"))):
+        if network is not None:
+            layer[place] = {"name": USER} if isinstance(network, nn.Module) else {"run": str(network)}
     layer["verb"] = "train" if teacher is None else "distill"
     attacks = make_attacks(given["attacks"])
     layer["evaluation"] = {"attacks": _attack_options(attacks), "curve": list(given["curve"])}
     layer["data"] |= given["data_options"] or {}
     layer["model"] |= given["model_options"] or {}
+    extra = given.get("extra_data")
+    if extra is not None:
+        layer["data"]["extra"] = extra if isinstance(extra, str) else USER
     if isinstance(data, Splits) and (given["validation_data"] is not None or given["test_data"] is not None):
         raise UsageError("Splits bring their own validation and test images; leave validation_data and test_data out.")
     if own_data and (given["validation_data"] is not None or given["test_data"] is not None):
@@ -132,10 +147,13 @@ def _start(teacher: Any, student: Any, data: Any, given: dict[str, Any]) -> Run:
         )
     config = resolve(layer)
     parts = Parts(
-        student=student if isinstance(student, nn.Module) else None,
-        teacher=teacher if isinstance(teacher, nn.Module) else None,
+        student=_module(student),
+        teacher=_module(teacher),
+        standard_teacher=_module(given.get("standard_teacher")),
         data=None if own_data else _data(data, given["validation_data"], given["test_data"]),
+        extra=None if isinstance(extra, str) else _images(extra),
         attacks=attacks or None,
+        source=source,
     )
     out = given["out"] if given["out"] is not None else _free(method.replace(",", "-"))
     return execute(config, out, parts=parts, resume=given["resume"])
@@ -161,6 +179,10 @@ def _sort(method: str, options: dict[str, Any]) -> dict[str, Any]:
             }
             raise UnknownNameError("option", name, known)
     return layer
+
+
+def _module(given: Any) -> nn.Module | None:
+    return given if isinstance(given, nn.Module) else None
 
 
 def _data(data: Any, validation: Any, test: Any) -> Splits | UserData:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from overproof.config import RunConfig
+from overproof.config import RunConfig, resolve
 from overproof.errors import FolderError
 from overproof.folder import RunFolder
 
@@ -29,7 +29,8 @@ def claim(folder: RunFolder, config: RunConfig, resume: bool) -> list[Path]:
                 f"{folder.path} holds another run (state: {state}). Choose another --out, or continue it with "
                 f"`overproof resume {folder.path}`."
             )
-        known = folder.config if (folder.path / "config.toml").exists() else config.table()
+        # Resolved again: options that have come since the run began have their defaults.
+        known = resolve(folder.config).table() if (folder.path / "config.toml").exists() else config.table()
         if known != config.table():
             changed = _differences(known, config.table())
             raise FolderError(f"{folder.path} holds a run with another configuration ({changed}). Choose another --out.")

@@ -14,7 +14,7 @@ from torch import nn
 
 from overproof import console
 from overproof.config import RunConfig, resolve
-from overproof.data import DeviceLoader, Splits, build_augment, make_loader
+from overproof.data import DeviceLoader, Splits, build_augment, make_loader, make_mixed
 from overproof.errors import FolderError, OverproofError, UsageError
 from overproof.folder import RunFolder, disk_message, write_json, write_toml
 from overproof.methods.objective import Objective
@@ -23,7 +23,9 @@ from overproof.networks import borrowed
 from overproof.run.environment import claim, environment
 from overproof.run.judging import judge_run
 from overproof.run.launch import launched
+from overproof.run.learned import keep_learned
 from overproof.run.prepare import USER, Parts, UserData, checked, prepare, refuse_code
+from overproof.run.teachers import look_at_teacher
 from overproof.training.loop import Trainer
 from overproof.training.safety import Interrupted
 
@@ -70,6 +72,7 @@ def execute(
         _recorded(folder, leader, made),
         _own_randomness(),
         borrowed(parts.teacher),
+        borrowed(parts.standard_teacher),
         launched(config, folder) as fabric,
     ):
         objective, data = prepare(config, parts)
@@ -78,7 +81,10 @@ def execute(
             write_toml(folder.path / "config.toml", config.table())
             write_json(folder.path / "environment.json", environment(fabric.device))
             folder.write_status("running", message="")
+            look_at_teacher(config, objective, trainer.validation, data, folder=folder)
         trainer.run()
+        if leader:
+            keep_learned(objective, data, folder)
         judge_run(config, objective, data, folder=folder, attacks=parts.attacks)
         if leader:
             folder.write_status("done", message="")
@@ -103,7 +109,8 @@ def resume(out: str | Path, *, deadline: float | None = None, trusted: bool = Fa
     """
     folder = RunFolder(out).require()
     config = refuse_code(resolve(folder.config), str(folder.path), trusted)
-    if USER in (config.data.name, config.model.name, config.teacher.name if config.teacher else None):
+    teachers = (config.teacher, config.standard_teacher)
+    if USER in (config.data.name, config.data.extra, config.model.name, *(t.name for t in teachers if t is not None)):
         raise UsageError(
             f"{folder.path} was made from Python objects (data {config.data.name}, model {config.model.name}). Call the same "
             "overproof.train or overproof.distill again with resume=True."
@@ -116,17 +123,19 @@ def _trainer(
 ) -> Trainer:
     train, size = config.train, config.train.batch_size * fabric.world_size
     shared = {"device": fabric.device, "num_workers": train.workers, "classes": len(data.classes) or None}
-    loader = make_loader(
-        data.train,
-        train.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        augment=build_augment(config.data.augment, classes=len(data.classes)),
-        drop_last=not hasattr(data.train, "__len__") or len(data.train) >= size,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
+    how: dict[str, Any] = {
         **shared,
-    )
+        "seed": config.seed,
+        "augment": build_augment(config.data.augment, classes=len(data.classes)),
+        "rank": fabric.global_rank,
+        "world_size": fabric.world_size,
+    }
+    loader: Any
+    if data.extra is not None:
+        loader = make_mixed(data.train, data.extra, train.batch_size, share=config.data.extra_share, **how)
+    else:
+        whole = not hasattr(data.train, "__len__") or len(data.train) >= size
+        loader = make_loader(data.train, train.batch_size, shuffle=True, drop_last=whole, **how)
     if not hasattr(loader, "__len__"):
         raise UsageError(
             "The training data have no length, so the schedule cannot be planned. Give a DataLoader over a sized set."

@@ -24,6 +24,7 @@ from overproof.models import create_model
 from overproof.models.weights import fill, fill_foreign, load_model, read_state
 from overproof.registry import convert
 from overproof.run.prepare import USER, UserData, data_of
+from overproof.run.robust import watched
 
 SANITY = 64  # images of the sanity panel when training ends
 
@@ -38,7 +39,7 @@ def evaluate_run(
         which: "best" or "last".
         trusted: allow a folder that names a package.module:callable to import and run it.
         name: under which the evaluation is kept; made from the attacks if None.
-        **options: attacks, curve, data, split, limit, seed, teacher, overrides, sanity, transfer_from.
+        **options: attacks, curve, data, split, limit, seed, teacher, overrides, sanity, fisher, transfer_from.
 
     An interrupted evaluation leaves what it knows in the folder, and the same call goes on from there.
     """
@@ -48,15 +49,13 @@ def evaluate_run(
         raise UsageError(
             f"{folder.path} was trained on data of a program; name a data set with --data, or use overproof.evaluate."
         )
-    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"--name {name!r}: use letters, digits, dots, dashes and underscores.")
-    wanted = name or _name_of(options["attacks"], options.get("split", "test"))
+    wanted = check_name(name) or name_of(options["attacks"], options.get("split", "test"))
     unfinished = _unfinished(folder, wanted)
     model = load_model(folder.path, which, trusted=trusted)
     result = _measure(model, config, trusted=trusted, resume=unfinished, **options)
     summary = {**result.summary, "weights": which, "model": config.model.name}
     summary["protocol"] = plain({**summary["protocol"], "weights": which})
-    summary["name"] = _free_name(folder, wanted, summary["protocol"])
+    summary["name"] = free_name(folder, wanted, summary["protocol"])
     result = Evaluation(summary, result.samples, result.gallery)
     if console.leading():
         result.save(folder.path, summary["name"])
@@ -105,6 +104,7 @@ def _measure(
     overrides: Sequence[str] = (),
     trusted: bool = False,
     sanity: int = 128,
+    fisher: bool | None = None,
     resume: Path | None = None,
     transfer_from: str | Path | None = None,
 ) -> Evaluation:
@@ -112,7 +112,8 @@ def _measure(
     if data is not None:
         table["data"] = {"name": data, "validation": config.data.validation}
     config = resolve(table, overrides=overrides)
-    chosen = _part(data_of(config), split, limit)
+    fisher = watched(config) if fisher is None else fisher
+    chosen = part_of(data_of(config), split, limit)
     master = _teacher_of(config, teacher, use_own=data is None, trusted=trusted)
     teacher = teacher or (config.teacher.run if config.teacher and master else None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,6 +129,7 @@ def _measure(
         batch_size=config.evaluation.batch_size,
         seed=seed,
         sanity=sanity,
+        fisher=fisher,
         resume=resume,
     )
     summary = result.summary
@@ -140,10 +142,11 @@ def _measure(
         "seed": seed,
         "teacher": str(teacher) if teacher else None,
         **({"transfer_from": str(transfer_from)} if transfer_from is not None else {}),
+        **({"fisher": True} if fisher else {}),
         "batch_size": config.evaluation.batch_size,
     }
     facts: dict[str, Any] = {"data": config.data.name, "split": split, "protocol": protocol}
-    if teacher:
+    if teacher and result.summary["agreement"]:
         facts["agreement"] = {**result.summary["agreement"], "teacher": str(teacher)}
     return Evaluation({**result.summary, **facts}, result.samples, result.gallery)
 
@@ -172,14 +175,26 @@ def _teacher_of(config: RunConfig, wanted: str | Path | None, *, use_own: bool, 
         return None
 
 
-def _part(splits: Splits, split: str, limit: int | None) -> Any:
+def part_of(splits: Splits, split: str, limit: int | None) -> Any:
+    """The part of the data called `split`, at most `limit` images of it.
+
+    Raises:
+        UsageError: the data have no such part.
+    """
     chosen = getattr(splits, split)
     if chosen is None:
         raise UsageError(f"The data have no {split} split; use --split train, or set data.validation or data.test.")
     return chosen if limit is None else chosen.subset(stratified_subset(chosen.labels, limit))
 
 
-def _free_name(folder: RunFolder, wanted: str, protocol: dict[str, Any]) -> str:
+def check_name(name: str | None) -> str | None:
+    """`name`, if it can name a file."""
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError(f"--name {name!r}: use letters, digits, dots, dashes and underscores.")
+    return name
+
+
+def free_name(folder: RunFolder, wanted: str, protocol: dict[str, Any]) -> str:
     """`wanted`, unless it stands for a measurement made differently: that one is kept and the new one numbered."""
     known, name, number = folder.evaluations, wanted, 2
     while name in known and known[name].get("protocol") != protocol:
@@ -187,7 +202,8 @@ def _free_name(folder: RunFolder, wanted: str, protocol: dict[str, Any]) -> str:
     return name
 
 
-def _name_of(attacks: Mapping[str, Any], split: str) -> str:
+def name_of(attacks: Mapping[str, Any], split: str) -> str:
+    """What an evaluation is called that nobody has named."""
     text = "-".join([split, *attacks]) if attacks else split
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[:80]
 
@@ -219,6 +235,7 @@ def judge_run(
                 seed=config.seed,
                 classes=data.classes,
                 sanity=SANITY,
+                fisher=watched(config),
                 resume=_unfinished(folder, f"test-{which}"),
             )
         facts: dict[str, Any] = {"weights": which, "data": config.data.name, "split": "test", "model": config.model.name}

@@ -31,9 +31,10 @@ def launched(config: RunConfig, folder: RunFolder) -> Iterator[Any]:
     devices, nodes = _devices(train.devices, train.nodes)
     strategy: Any = train.strategy
     if strategy == "ddp" or nodes > 1 or devices not in (1, "1"):
-        phases = getattr(METHODS.get(config.method.name).load(), "phases", ("train",))
-        # A phase leaves the other phases' parameters without gradients; with one phase that would be a mistake worth an error.
-        strategy = DDPStrategy(find_unused_parameters=len(phases) > 1)
+        method = METHODS.get(config.method.name).load()
+        # A phase leaves the other phases' parameters without gradients; elsewhere that would be a mistake worth an error.
+        partial = len(getattr(method, "phases", ("train",))) > 1 or getattr(method, "partial", False)
+        strategy = DDPStrategy(find_unused_parameters=partial)
         _only_once()
     loggers = [_logger(name, folder) for name in train.loggers]
     precision: Any = "32-true" if train.precision == "32" else train.precision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from overproof import console
 from overproof.attacks.base import Attack, logits_of
-from overproof.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
-from overproof.data import DATA, ImageSet, Splits, build_augment, load_data, make_loader
+from overproof.config import DataConfig, ModelConfig, RunConfig
+from overproof.data import DATA, ImageSet, Splits, build_augment, load_data, load_extra, make_loader
 from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation.curves import check_curve
 from overproof.evaluation.evaluator import make_attacks
-from overproof.folder import RunFolder
 from overproof.methods import METHODS
 from overproof.methods.objective import Objective
 from overproof.models import MODELS, create_model
-from overproof.models.weights import fill, load_model, read_state
+from overproof.models.weights import fill, read_state
 from overproof.networks import in_mode
 from overproof.registry import Entry, Registry
+from overproof.run.robust import check_extra, warm_up
+from overproof.run.teachers import check_teachers, make_teacher
+from overproof.run.transfer import named_by_run, transferred
 
 USER = "(yours)"  # stands in the configuration for a module or data set that came as an object
+ROLES = ("student", "teacher", "standard teacher")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class UserData:
     validation: Any = None
     test: Any = None
     classes: tuple[str, ...] = ()
+    extra: Any = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ class Parts:
 
     student: nn.Module | None = None
     teacher: nn.Module | None = None
+    standard_teacher: nn.Module | None = None
     data: Splits | UserData | None = None
+    extra: Any = None  # images of a generator beside the training data
     attacks: Mapping[str, Attack] | None = None
+    source: nn.Module | None = None  # the student is a copy of it under a new last layer
     trusted: bool = False
 
 
@@ -59,15 +65,7 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
     """
     entry = METHODS.get(config.method.name)
     entry.check(config.method.options, "method")
-    wants_teacher = "teacher" in entry.positional()
-    if wants_teacher and config.teacher is None:
-        raise UsageError(
-            f"The method {config.method.name!r} distils: name a teacher with --teacher RUN (or [teacher] in the recipe)."
-        )
-    if config.teacher is not None and not wants_teacher:
-        raise UsageError(
-            f"The method {config.method.name!r} has no use for a teacher; use `overproof train`, or another method."
-        )
+    check_teachers(config, entry)
     if config.train.cache_teacher and config.data.augment:
         raise UsageError(
             f"train.cache_teacher=true is exact only without augmentation, but data.augment is {config.data.augment}. Drop one."
@@ -78,8 +76,10 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
         raise UsageError(
             f"train.cache_teacher=true keeps the teacher's logits, but {config.method.name!r} needs its features. Drop it."
         )
+    config = named_by_run(config)
     _check_section("model", config.model, MODELS)
     _check_section("data", config.data, DATA)
+    check_extra(config, named=config.data.extra != USER)
     build_augment(config.data.augment, classes=2)
     config = config if own_attacks else _with_attack(config, entry)
     check_curve(config.evaluation.curve, own_attacks or make_attacks(config.evaluation.attacks))
@@ -121,7 +121,8 @@ def refuse_code(config: RunConfig, place: str, trusted: bool) -> RunConfig:
     Raises:
         UsageError: a model is named as package.module:callable, and `trusted` is False.
     """
-    names = [config.model.name, (config.teacher.name or "") if config.teacher else ""]
+    teachers = [teacher for teacher in (config.teacher, config.standard_teacher) if teacher is not None]
+    names = [config.model.name, *(teacher.name or "" for teacher in teachers)]
     for name in names:
         if ":" in name and name.partition(":")[0] not in ("timm", "torchvision") and not trusted:
             raise UsageError(
@@ -136,20 +137,42 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     splits = parts.data or data_of(config)
     torch.manual_seed(config.seed)
     student = parts.student
-    if student is None:
+    if student is None and (parts.source is not None or config.model.run):
+        student = transferred(config.model, len(splits.classes), source=parts.source, trusted=parts.trusted)
+    elif student is None:
         student = _build(config, splits)
-    teacher = (parts.teacher or _teacher(config.teacher, splits, parts.trusted)) if config.teacher is not None else None
-    if teacher is not None and teacher is student:
+    teachers = [
+        getattr(parts, place) or make_teacher(about, splits, trusted=parts.trusted, place=place)
+        for place in ("teacher", "standard_teacher")
+        if (about := getattr(config, place)) is not None
+    ]
+    if any(teacher is student for teacher in teachers):
         raise UsageError("Student and teacher are the same module; give the student its own.")
-    networks = (student,) if teacher is None else (student, teacher)
-    width, shape = _probe(networks, splits)
+    networks = (student, *teachers)
+    widths, shape = _probe(networks, splits)
     if isinstance(splits, UserData) and not splits.classes:
-        splits = replace(splits, classes=tuple(map(str, range(width))))  # so that labels are checked
+        splits = replace(splits, classes=tuple(map(str, range(widths[0]))))  # so that labels are checked
+    extra = next((given for given in (parts.extra, splits.extra, config.data.extra) if given is not None), None)
+    if extra is not None:
+        how: dict[str, Any] = {"root": config.data.root, "options": config.data.extra_options}
+        splits = replace(
+            splits, extra=load_extra(extra, shape=shape, classes=splits.classes, first=_rows(splits.train) or 0, **how)
+        )
     # What a method may want to know about the data, and nobody has to say.
-    known: dict[str, Any] = {"image_shape": shape, "samples": _rows(splits.train)}
+    known: dict[str, Any] = {"image_shape": shape, "samples": _rows(splits.train if splits.extra is None else splits.extra)}
     asked = METHODS.get(config.method.name).options()
     found = {key: value for key, value in known.items() if key in asked and value is not None}
-    return METHODS.create(config.method.name, *networks, **{**found, **config.method.options}), splits
+    objective: Objective = METHODS.create(config.method.name, *networks, **{**found, **config.method.options})
+    _compare_classes(objective, widths)
+    warm_up(objective, config.train.eps_warmup)
+    return objective, splits
+
+
+def _compare_classes(objective: Objective, widths: Sequence[int]) -> None:
+    for role, width in zip(ROLES, widths, strict=False):
+        if width != widths[0] and objective.needs_same_classes:
+            raise UsageError(f"The student has {widths[0]} classes and the {role} {width}: they must agree to be compared.")
+    objective.same_classes = len({*widths}) == 1
 
 
 def _rows(data: Any) -> int | None:
@@ -194,31 +217,12 @@ def _build(config: RunConfig, splits: Splits | UserData) -> nn.Module:
     return model
 
 
-def _teacher(config: TeacherConfig, splits: Splits | UserData, trusted: bool) -> nn.Module:
-    if config.run:
-        folder = RunFolder(config.run).require()
-        if folder.status["state"] != "done":
-            console.note(f"note: the teacher's run {folder.path} is not finished (state: {folder.status['state']}).")
-        return load_model(folder.path, config.which, trusted=trusted)
-    if not config.name or isinstance(splits, UserData):
-        raise UsageError("[teacher] needs `run` (a run folder) or `name` (a model, with `weights` or pretrained=true).")
-    options: dict[str, Any] = {"pretrained": config.pretrained, **config.options}
-    model = create_model(config.name, len(splits.classes), splits.channels, splits.image_size, **options)
-    if config.weights:
-        fill(model, read_state(config.weights), Path(config.weights))
-    elif not config.pretrained:
-        raise UsageError(
-            f"The teacher {config.name!r} has no weights: give teacher.weights=FILE, teacher.pretrained=true or a run."
-        )
-    return model
-
-
-def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> tuple[int, tuple[int, int, int]]:
-    """One forward pass each: channels, size and class counts must fit before anything is written."""
+def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> tuple[list[int], tuple[int, int, int]]:
+    """One forward pass each: channels, size and labels must fit before anything is written. Returns class counts and image shape."""
     batch = next(iter(make_loader(splits.train, 2).batches(0)))
     images = batch.images[:2]
     widths = []
-    for role, network in zip(("student", "teacher"), networks, strict=False):
+    for role, network in zip(ROLES, networks, strict=False):
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         try:
             with in_mode(network), torch.no_grad():
@@ -228,8 +232,6 @@ def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> tuple[
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             raise UsageError(f"The {role} cannot take images of shape {tuple(images.shape[1:])}: {problem}") from error
-    if len(set(widths)) > 1:
-        raise UsageError(f"The student has {widths[0]} classes and the teacher {widths[1]}: they must agree to be compared.")
     if batch.labels.dim() == 1 and int(batch.labels.max()) >= widths[0]:
         raise DataError(
             f"Label {int(batch.labels.max())} does not exist for a model with {widths[0]} outputs (0 to {widths[0] - 1})."
@@ -237,4 +239,4 @@ def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> tuple[
     if splits.classes and widths[0] < len(splits.classes):
         raise UsageError(f"The model has {widths[0]} outputs, the data {len(splits.classes)} classes.")
     channels, height, breadth = images.shape[1:]
-    return widths[0], (channels, height, breadth)
+    return widths, (channels, height, breadth)

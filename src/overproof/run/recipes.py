@@ -2,13 +2,14 @@
 
 [recipe]            title, paper, scale ("cpu" or "gpu"), seeds
 [defaults.SECTION]  what all runs share
-[runs.NAME]         a run; teacher.run = "@OTHER" refers to the run OTHER of the same recipe
+[runs.NAME]         a run; teacher.run = "@OTHER" refers to the run OTHER of the same recipe, and so do standard_teacher.run
+                    and model.run (a network to begin with, under a new last layer)
 [[figures]]         name, run, metric, and the published value with its source, if there is one
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from overproof.errors import UnknownNameError, UsageError
 from overproof.folder import RunFolder, read_toml
 from overproof.run.execute import execute
 from overproof.run.prepare import Parts, refuse_code
+
+ALIKE = ("agreement", "mag-sim", "ang-sim")  # metrics of figures that compare two runs
 
 
 class About(BaseModel):
@@ -44,6 +47,8 @@ class Figure(BaseModel):
     metric: str
     evaluation: str = "test-best"
     minus: str = Field("", description="a run whose figure is subtracted, seed by seed")
+    against: str = Field("", description="a run with which the run is compared: agreement, mag-sim, ang-sim")
+    percent: bool = Field(True, description="a share, told in per cent; else as it is (trace, lambda_max, ...)")
     published: float | None = None
     source: str = ""
 
@@ -61,9 +66,8 @@ class Recipe:
     def config(self, run: str, out: Path, seed: int, overrides: Iterable[str] = ()) -> RunConfig:
         """The resolved configuration of one run, its "@" references pointing into `out`."""
         table = merge(merge(self.defaults, self.runs[run]), {"seed": seed})
-        teacher = table.get("teacher", {}).get("run", "")
-        if teacher.startswith("@"):
-            table = merge(table, {"teacher": {"run": str(out / teacher[1:])}})
+        for place, other in references(table).items():
+            table = merge(table, {place: {"run": str(out / other)}})
         return resolve(table, overrides=overrides)
 
 
@@ -93,16 +97,28 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         _check_references(recipe, name, path)
         recipe.config(name, Path(), 0, overrides)
     for figure in found:
-        if figure.run not in recipe.runs:
-            raise UnknownNameError(f"run in figure {figure.name!r} of {path}:", figure.run, recipe.runs)
+        for run in filter(None, (figure.run, figure.minus, figure.against)):
+            if run not in recipe.runs:
+                raise UnknownNameError(f"run in figure {figure.name!r} of {path}:", run, recipe.runs)
+        if figure.against and figure.metric not in ALIKE:
+            raise UnknownNameError(
+                f"metric of figure {figure.name!r}, which compares two runs, of {path}:", figure.metric, ALIKE
+            )
     return recipe
 
 
 def _check_references(recipe: Recipe, name: str, path: Path) -> None:
-    teacher = merge(recipe.defaults, recipe.runs[name]).get("teacher", {}).get("run", "")
     before = list(recipe.runs)[: list(recipe.runs).index(name)]
-    if teacher.startswith("@") and teacher[1:] not in before:
-        raise UnknownNameError(f"teacher of run {name!r} in {path} (it must come before):", teacher[1:], before)
+    for place, other in references(merge(recipe.defaults, recipe.runs[name])).items():
+        if other not in before:
+            role = place.replace("_", " ")
+            raise UnknownNameError(f"{role} of run {name!r} in {path} (it must come before):", other, before)
+
+
+def references(table: Mapping[str, Any]) -> dict[str, str]:
+    """The runs of the same recipe that a run learns from or begins with, by section: `run = "@OTHER"` without its sign."""
+    found = {place: table.get(place, {}).get("run", "") for place in ("teacher", "standard_teacher", "model")}
+    return {place: run[1:] for place, run in found.items() if run.startswith("@")}
 
 
 def run_recipe(

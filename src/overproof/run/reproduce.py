@@ -13,6 +13,7 @@ import torch
 from overproof import console
 from overproof.errors import FolderError, UnknownNameError
 from overproof.folder import RunFolder, atomic, read_json, write_json
+from overproof.run.comparing import similarities
 from overproof.run.recipes import Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.seeds import figures, mean_and_error
 from overproof.training.safety import Interrupted
@@ -93,25 +94,36 @@ def result_of(recipe: Recipe, folders: dict[int, dict[str, RunFolder]]) -> dict[
     first = next(iter(next(iter(folders.values())).values()))
     seen = {key: value for key, value in first.environment.items() if key not in ("command", "platform")}
     runs = {f"{name}/{seed}": folder for seed, named in folders.items() for name, folder in named.items()}
+    alike: dict[Any, dict[str, float]] = {}
     return {
         "name": recipe.name,
         "title": recipe.about.title,
         "paper": recipe.about.paper,
         "notes": recipe.about.notes,
         "seeds": list(folders),
-        "figures": [_measured(figure, folders) for figure in recipe.figures],
+        "figures": [_measured(figure, folders, alike) for figure in recipe.figures],
         "seconds": {name: folder.status.get("seconds") for name, folder in runs.items()},
         "environment": seen,
         "command": f"overproof reproduce {recipe.name}",
     }
 
 
-def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]]) -> dict[str, Any]:
+def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]], alike: dict[Any, dict[str, float]]) -> dict[str, Any]:
     values = []
     for named in folders.values():
-        value = figures(named[figure.run], figure.evaluation)[figure.metric]
-        values.append(value - (figures(named[figure.minus], figure.evaluation)[figure.metric] if figure.minus else 0))
+        value = _value(figure, figure.run, named, alike)
+        values.append(value - (_value(figure, figure.minus, named, alike) if figure.minus else 0))
     return {**figure.model_dump(), **mean_and_error(values)}
+
+
+def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[Any, dict[str, float]]) -> float:
+    """The figure of one run; comparisons of two runs are made once and kept in `alike`."""
+    if not figure.against:
+        return figures(named[run], figure.evaluation)[figure.metric]
+    key = (named[run].path, named[figure.against].path, figure.evaluation.removeprefix("test-"))
+    if key not in alike:
+        alike[key] = similarities(*key)
+    return alike[key][figure.metric]
 
 
 def write_table(results: Path, path: Path, home: Path | None = None) -> None:
@@ -160,6 +172,8 @@ def _benchmarks(results: Path) -> list[str]:
                 f"| {who} | {100 * row['robust']:.2f} | {row['seconds']:.2f} | {row['forward']:.1f} | {row['backward']:.1f} |"
                 for who, row in comparison["rows"].items()
             ]
+        if memory := found.get("memory_mib"):
+            lines += ["", "Peak memory in MiB: " + ", ".join(f"{key} {value:.0f}" for key, value in memory.items()) + "."]
         outcome = "equal" if found["equal"] else "NOT equal"
         lines += [
             "",
@@ -190,9 +204,10 @@ def _rows(result: dict[str, Any]) -> list[str]:
     compared = any(figure["published"] is not None for figure in result["figures"])
     rows = ["| figure | ours | published | source |", "|---|---|---|---|"] if compared else ["| figure | ours |", "|---|---|"]
     for figure in result["figures"]:
-        error = "" if figure["standard_error"] is None else f" ± {100 * figure['standard_error']:.2f}"
-        published = "" if figure["published"] is None else f"{100 * figure['published']:.2f}"
-        row = f"| {figure['name']} | {100 * figure['mean']:.2f}{error} |"
+        factor = 100 if figure.get("percent", True) else 1
+        error = "" if figure["standard_error"] is None else f" ± {factor * figure['standard_error']:.2f}"
+        published = "" if figure["published"] is None else f"{factor * figure['published']:.2f}"
+        row = f"| {figure['name']} | {factor * figure['mean']:.2f}{error} |"
         rows.append(row + (f" {published} | {figure['source']} |" if compared else ""))
     seconds = sum(value or 0 for value in result["seconds"].values())
     facts = f"{len(result['seeds'])} seed(s), {seen.get('device')}, torch {seen.get('torch')}, commit {seen.get('commit')}, "

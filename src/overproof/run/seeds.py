@@ -29,11 +29,20 @@ def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, t
 
 
 def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float]:
-    """The headline figures of a run's evaluation: clean, worst_case, one per attack, agreement, ece, nll."""
+    """The headline figures of a run's evaluation: clean, worst_case, one per attack, agreement, ece, nll.
+
+    With "NAME fooling" the share of rightly classified images that an attack breaks; with flatness measured also trace, lambda_max and
+    max_probability, means over the images, and "... median".
+    """
     summary = folder.evaluations.get(evaluation, {})
     found = {name: summary.get(name) for name in ("clean", "worst_case", "ece", "nll")}
     found |= {name: facts["robust"] for name, facts in summary.get("attacks", {}).items()}
+    found |= {f"{name} fooling": facts.get("success_rate") for name, facts in summary.get("attacks", {}).items()}
     found["agreement"] = (summary.get("agreement") or {}).get("clean")
+    flat = summary.get("fisher") or {}
+    for name in ("trace", "lambda_max", "max_probability"):
+        middle = flat.get(name) or {}
+        found |= {name: middle.get("mean"), f"{name} median": middle.get("median")}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 

@@ -2,6 +2,7 @@
 
 from overproof.testing.conformance import CLASSES, check_attack, check_method, small_batch, small_model
 from overproof.testing.doubles import NoisyInput, Quantised, Saturated, Thermometer
+from overproof.testing.guard_conformance import check_guard
 
 __all__ = [
     "CLASSES",
@@ -10,6 +11,7 @@ __all__ = [
     "Saturated",
     "Thermometer",
     "check_attack",
+    "check_guard",
     "check_method",
     "small_batch",
     "small_model",

@@ -4,14 +4,54 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from overproof.errors import FolderError
 from overproof.folder import atomic, disk_message, plain
 
+if TYPE_CHECKING:
+    from overproof.training.loop import Trainer
+
 NAME = "checkpoint.pt"
+
+
+def save_state(trainer: Trainer) -> None:
+    """Write where `trainer` stands."""
+    state = {
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "best": trainer.selection.best,
+        "peak": trainer.selection.peak,
+        "metrics_size": trainer.metrics_size,
+        "meter": trainer.meter.state(),
+        "objective": trainer.objective.trained_state(),
+        "optimizers": {phase: optimizer.state_dict() for phase, optimizer in trainer.optimizers.items()},
+        "averaged": trainer.averaged.state_dict() if trainer.averaged is not None else None,
+        "scaler": trainer.fabric.strategy.precision.state_dict(),
+    }
+    save_checkpoint(trainer.folder.path, state)
+
+
+def restore_state(trainer: Trainer) -> bool:
+    """Put `trainer` where the last checkpoint left off; False if there is none."""
+    state = load_checkpoint(trainer.folder.path)
+    trainer.fabric.barrier()  # nobody may write the first checkpoint before everybody has looked for one
+    if state is None:
+        return False
+    trainer.step, trainer.seconds, trainer.metrics_size = state["step"], state["seconds"], state["metrics_size"]
+    trainer.selection.best, trainer.selection.peak = state["best"], state.get("peak", {})
+    trainer.meter.load(state["meter"], trainer.fabric.device)
+    trainer.objective.load_trained_state(state["objective"])
+    for phase, optimizer in trainer.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][phase])
+    if trainer.averaged is not None:
+        trainer.averaged.load_state_dict(state["averaged"])
+    trainer.fabric.strategy.precision.load_state_dict(state["scaler"])
+    if trainer.fabric.is_global_zero:
+        truncate_metrics(trainer.folder.path, trainer.metrics_size)
+    return True
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
 from dataclasses import replace
@@ -16,14 +17,16 @@ from overproof.errors import OverproofError
 from overproof.folder import RunFolder
 from overproof.methods.objective import Objective
 from overproof.models.weights import save_weights
-from overproof.training.averaging import make_averaged
-from overproof.training.checkpoints import append_metrics, load_checkpoint, save_checkpoint, truncate_metrics
+from overproof.training.averaging import STATISTICS, make_averaged, measure_statistics
+from overproof.training.awp import worst_gradients
+from overproof.training.checkpoints import append_metrics, restore_state, save_state
 from overproof.training.meter import EpochTeller, Meter
-from overproof.training.plain import Plain
+from overproof.training.plain import Parcel, Plain
 from overproof.training.ranks import compare_ranks
 from overproof.training.safety import Interrupted, LossWatch, Stopper
 from overproof.training.schedules import learning_rate, make_optimizer
-from overproof.training.validation import validate
+from overproof.training.selection import Selection
+from overproof.training.validation import validate, watching
 from overproof.types import Batch, Output, Progress
 
 
@@ -58,11 +61,12 @@ class Trainer:
         self.per_epoch = len(loader)
         self.total = config.epochs * self.per_epoch
         self.step, self.seconds, self.metrics_size = 0, 0.0, 0
-        self.best: dict[str, Any] = {}
+        self.selection = Selection(config, validated=validation is not None)
+        self.watched = watching(objective, config, validated=validation is not None)
         self.meter = Meter()
         self.deadline = deadline if deadline is not None else float("inf")
         self._images = 0
-        self.teller = EpochTeller(config.epochs)
+        self.teller = EpochTeller(config.epochs, objective.concerns)
         self.stopper = Stopper()
         self.watch = LossWatch(folder.path, fabric)
         self._set_up()
@@ -95,10 +99,20 @@ class Trainer:
             NonFiniteLossError: a loss became NaN or infinite.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
         """
-        self._restore()
+        if not restore_state(self):
+            self._checkpoint()
         with self.stopper.listening(alone=self.fabric.world_size == 1), console.bar("training", self.total, self.step) as bar:
-            while self.step < self.total:
+            while self.step < self.total and not self._reason:
                 self._epoch(self.step // self.per_epoch, bar)
+        if self.step < self.total:
+            console.note(f"training ended after epoch {self.step // self.per_epoch}: {self._reason}.")
+            if self.fabric.is_global_zero:
+                self.folder.write_status("running", ended=self._reason)
+
+    @property
+    def _reason(self) -> str:
+        """Why no further epoch should begin; "" inside an epoch and where there is no reason."""
+        return "" if self.step % self.per_epoch else self.selection.reason(self.step // self.per_epoch - 1)
 
     def _epoch(self, epoch: int, bar: console.Bar) -> None:
         begun, before, images = time.perf_counter(), self.seconds, 0
@@ -138,23 +152,23 @@ class Trainer:
         if stop and self.step < self.total:
             raise Interrupted(f"Stopped at step {self.step} of {self.total}; `overproof resume {self.folder.path}` continues.")
 
-    def _step(self, batch: Batch, epoch: int) -> None:
-        # Randomness depends on nothing but seed, step and rank: a resumed run needs no saved generator state.
-        seed = zlib.crc32(f"{self.seed}/{self.step}/{self.fabric.global_rank}".encode())
+    def _seed(self, *parts: int | str) -> None:
+        """Randomness depends on nothing but seed, step and rank: a resumed run needs no saved generator state."""
+        seed = zlib.crc32("/".join(map(str, (self.seed, *parts, self.fabric.global_rank))).encode())
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs a millisecond where there is no accelerator
         if self.fabric.device.type == "cuda":
             torch.cuda.manual_seed_all(seed)
+
+    def _step(self, batch: Batch, epoch: int) -> None:
+        self._seed(self.step)
         if self.config.channels_last:
             batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
-        progress = Progress(self.step, self.total, epoch)
+        parcel = Parcel(batch, Progress(self.step, self.total, epoch, self.config.epochs))
         rate = learning_rate(self.config, self.step, self.total)
         for phase, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.zero_grad()
-            output = Output(**self.wrapped(vars(batch), vars(progress), phase))
-            self.watch.see(self.step, output)
-            self.fabric.backward(sum(output.losses.values()))
+            output = self._gradients(parcel, phase, optimizer)
             if self.config.clip is not None:
                 # Under 16-mixed infinite gradients are normal: the scaler then skips the step.
                 self.fabric.clip_gradients(self.wrapped, optimizer, max_norm=self.config.clip, error_if_nonfinite=False)
@@ -163,6 +177,18 @@ class Trainer:
         self.step += 1
         self._average()
 
+    def _gradients(self, parcel: Parcel, phase: str, optimizer: Any) -> Output:
+        def run() -> Output:
+            optimizer.zero_grad()
+            output = Output(**self.wrapped(parcel, phase))
+            self.watch.see(self.step, output)
+            self.fabric.backward(sum(output.losses.values()))
+            return output
+
+        if not self.config.awp or parcel.progress.epoch < self.config.awp_warmup:
+            return run()
+        return worst_gradients(run, self.objective, phase, gamma=self.config.awp)
+
     def _average(self) -> None:
         if self.averaged is None:
             return
@@ -170,15 +196,20 @@ class Trainer:
             self.averaged.update_parameters(self.objective.student)
 
     def _finish_epoch(self, epoch: int, speed: float) -> None:
-        if self.fabric.world_size > 1:
-            compare_ranks(self.fabric, self.objective, self.step)
         begun = time.perf_counter()
+        if self.averaged is not None:
+            self._seed("statistics", self.step)
+            now = Progress(self.step - 1, self.total, epoch, self.config.epochs)
+            few = itertools.islice(self.loader.batches(epoch), min(STATISTICS, -(-self.per_epoch // 4)))
+            measure_statistics(self.averaged, self.objective, few, progress=now, fabric=self.fabric)
+        if self.fabric.world_size > 1:
+            compare_ranks(self.fabric, self.objective, self.step, kept=self.model)
         rate = learning_rate(self.config, self.step - 1, self.total)
         record: dict[str, Any] = {"epoch": epoch, "step": self.step, "lr": rate, "images_per_second": round(speed, 1)}
         record["train"] = self.meter.mean(over=self.fabric)
         self.meter.clear()
         if self.validation is not None:
-            record["validation"] = self._validate()
+            record["validation"] = validate(self.model, self.validation, fabric=self.fabric, seed=self.seed, **self.watched)
         self.watch.check_weights(self.step, self.model, record.get("validation", {}))
         self.seconds += time.perf_counter() - begun
         record["seconds"] = round(self.seconds, 3)
@@ -186,24 +217,15 @@ class Trainer:
         if self.fabric.is_global_zero:
             self.metrics_size = append_metrics(self.folder.path, record)
             self.teller.tell(epoch, record)
-        self.fabric.log_dict({f"validation/{k}": v for k, v in record.get("validation", {}).items()}, step=self.step)
-        self.fabric.log_dict({f"train/{k}": v for k, v in record["train"].items()}, step=self.step)
+        for part in ("validation", "train"):
+            self.fabric.log_dict({f"{part}/{k}": v for k, v in record.get(part, {}).items()}, step=self.step)
         self._checkpoint()
 
-    def _validate(self) -> dict[str, float]:
-        attack = self.objective.validation_attack
-        if attack is not None:
-            attack = replace(attack, steps=self.config.validation_steps)
-        limit = self.config.validation_limit
-        return validate(self.model, self.validation, fabric=self.fabric, attack=attack, limit=limit, seed=self.seed)
-
     def _keep(self, epoch: int, record: dict[str, Any]) -> None:
-        """Write the last weights, and the best ones: by robust accuracy if it is watched, else by clean accuracy."""
+        """Write the last weights, and the best ones; note down a collapse."""
         found = record.get("validation", {})
-        measure = "robust" if "robust" in found else "clean"
-        better = not found or not self.best or found[measure] > self.best["value"]
-        if better:
-            self.best = {"epoch": epoch, "measure": measure, "value": found.get(measure, 0.0)}
+        better, alarm = self.selection.better(epoch, found), self.selection.alarm(epoch, found)
+        record |= {"alarm": alarm} if alarm else {}
         if self.fabric.is_global_zero:
             for which in ("last", "best") if better else ("last",):
                 save_weights(self.model, self.folder.path, which)
@@ -214,37 +236,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.fabric.is_global_zero:
-            state = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "best": self.best,
-                "metrics_size": self.metrics_size,
-                "meter": self.meter.state(),
-                "objective": self.objective.trained_state(),
-                "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
-                "averaged": self.averaged.state_dict() if self.averaged is not None else None,
-                "scaler": self.fabric.strategy.precision.state_dict(),
-            }
-            save_checkpoint(self.folder.path, state)
-            epoch = self.step // self.per_epoch
-            best = self.best.get("epoch")
+            save_state(self)
+            epoch, best = self.step // self.per_epoch, self.selection.best.get("epoch")
             facts = {"step": self.step, "steps": self.total, "epoch": epoch, "epochs": self.config.epochs, "best_epoch": best}
             self.folder.write_status("running", **facts, seconds=round(self.seconds, 3))
-
-    def _restore(self) -> None:
-        state = load_checkpoint(self.folder.path)
-        self.fabric.barrier()  # nobody may write the first checkpoint before everybody has looked for one
-        if state is None:
-            self._checkpoint()
-            return
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-        self.metrics_size = state["metrics_size"]
-        self.meter.load(state["meter"], self.fabric.device)
-        self.objective.load_trained_state(state["objective"])
-        for phase, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][phase])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
-        self.fabric.strategy.precision.load_state_dict(state["scaler"])
-        if self.fabric.is_global_zero:
-            truncate_metrics(self.folder.path, self.metrics_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +16,25 @@ TELL_SECONDS = 3.0  # between lines about epochs: short ones need not all be tol
 
 
 class EpochTeller:
-    """A line now and then about finished epochs, and always about the last."""
+    """A line now and then about finished epochs, and always about the last; concerns at once, but each only once.
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs, self._told = epochs, time.monotonic()
+    Args:
+        epochs: in all.
+        concerns: from an epoch's means to sentences by name, see `Objective.concerns`.
+    """
+
+    def __init__(self, epochs: int, concerns: Callable[[Mapping[str, float]], dict[str, str]] = lambda means: {}) -> None:
+        self.epochs, self.concerns, self._told = epochs, concerns, time.monotonic()
+        self._known: set[str] = set()
 
     def tell(self, epoch: int, record: dict[str, Any]) -> None:
-        """Say what `record` found, unless the last line was just now."""
+        """Say what `record` found, unless the last line was just now, and what is wrong with it."""
+        if "alarm" in record:
+            console.note(f"warning: {record['alarm']}")
+        found = self.concerns(record["train"])
+        for name in sorted(found.keys() - self._known):
+            console.note(f"warning: {found[name]}")
+        self._known |= found.keys()
         if epoch + 1 < self.epochs and time.monotonic() - self._told < TELL_SECONDS:
             return
         self._told = time.monotonic()

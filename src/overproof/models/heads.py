@@ -1,0 +1,30 @@
+"""A trained network under a new last layer."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from overproof.features import last_linear
+from overproof.models.classifier import Classifier
+
+
+def with_new_head(model: nn.Module, classes: int) -> nn.Module:
+    """A copy of `model` whose last linear layer is new, freshly drawn, with `classes` outputs; all else is as it was.
+
+    Where the model says how to build it again, the copy says it too, with its own number of classes.
+
+    Raises:
+        OverproofError: the network has no linear layer.
+    """
+    made = copy.deepcopy(model)
+    name = last_linear(made)
+    old = made.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    new = nn.Linear(old.in_features, classes, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+    parent, _, attribute = name.rpartition(".")
+    setattr(made.get_submodule(parent), attribute, new)
+    if isinstance(made, Classifier) and made.spec is not None:
+        made.spec = {**made.spec, "classes": classes}
+    return made

@@ -1,0 +1,114 @@
+"""What the page draws of a detector: its scores, its rates, and how they change as an attack goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from overproof.report.charts import Chart
+from overproof.report.drawing import INK, draw, line_style
+from overproof.report.reading import Run
+from overproof.report.values import items, number, numbers, table
+
+WORDS = {
+    "noise": "change of the answer under noise",
+    "targeted": "steps towards another class",
+    "untargeted": "steps away from the class",
+}
+MOST = 6  # attacks in one drawing
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What there is to tell of the detector of one run: drawings, and a row per attack."""
+
+    run: Run
+    charts: list[Chart]
+    rows: list[dict[str, Any]]
+    clean_rejected: float | None
+    strongest: str
+    criteria: list[str]
+
+
+def detected(run: Run) -> Detected | None:
+    """The detector's part of the first evaluation that has one, or None; a part that cannot be drawn adds a warning."""
+    found = next((table(e.get("detection")) for e in run.evaluations.values() if table(e.get("detection"))), None)
+    if found is None:
+        return None
+    attacks = {str(name): table(facts) for name, facts in table(found.get("attacks")).items()}
+    keys = ("success", "detected", "wrong_and_not_rejected", "area")
+    by = {name: numbers(facts.get("detected_by")) for name, facts in attacks.items()}
+    rows = [{"name": name, "by": by[name], **{key: number(facts.get(key)) for key in keys}} for name, facts in attacks.items()]
+    strongest, charts = str(found.get("strongest") or ""), []
+    criteria = list(dict.fromkeys(name for shares in by.values() for name in shares if name != "union"))
+    try:
+        limits = numbers(found.get("thresholds"))
+        for name, facts in table(found.get("histograms")).items():
+            charts.append(_histogram(name, facts, limits.get(name), strongest))
+        charts += [chart for chart in (_roc(attacks), _over_steps(table(found.get("over_steps")))) if chart]
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        run.warnings.append(f"{run.folder.path}: the detector's scores cannot be drawn ({type(error).__name__}: {error}).")
+    return Detected(run, charts, rows, number(found.get("clean_rejected")), strongest, criteria)
+
+
+def _histogram(name: str, facts: dict[str, Any], limit: float | None, attack: str) -> Chart:
+    edges, counts = [float(edge) for edge in facts["edges"]], facts["counts"]
+    shown = {key: [float(count) for count in counts[key]] for key in ("natural", attack) if key in counts}
+
+    def paint(axes: Any) -> None:
+        for position, (key, values) in enumerate(shown.items()):
+            shares = [100 * value / max(sum(values), 1) for value in values]
+            color = line_style(position)["color"]
+            axes.stairs(
+                shares, edges, fill=position == 0, alpha=0.45 if position == 0 else 1.0, color=color, label=key, linewidth=1.6
+            )
+        if limit is not None and limit <= edges[-1]:
+            axes.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (3, 3)))
+        axes.set(xlabel=WORDS.get(name, name), ylabel="share of images (%)")
+        axes.legend(frameon=False, fontsize=8)
+
+    limited = "" if limit is None else f"Rejected above {limit:.3g} (dashed). "
+    return Chart(f"Scores: {name}", draw(paint, f"Histogram of {name} of natural and attacked images"),
+                 f"{limited}The last bin holds all larger scores.")  # fmt: skip
+
+
+def _roc(attacks: dict[str, dict[str, Any]]) -> Chart | None:
+    curves = {name: [items(axis) for axis in items(facts.get("roc"))] for name, facts in attacks.items()}
+    curves = {name: curve for name, curve in curves.items() if len(curve) == 2 and curve[0]}
+    if not curves:
+        return None
+
+    def paint(axes: Any) -> None:
+        for position, (name, (false, true)) in enumerate(list(curves.items())[:MOST]):
+            axes.plot([100 * x for x in false], [100 * y for y in true], label=name, **line_style(position))
+        axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (3, 3)), alpha=0.6)
+        axes.set(xlabel="natural images rejected (%)", ylabel="detected (%)", xlim=(0, 100), ylim=(0, 102))
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+    more = f" {len(curves) - MOST} further attacks are not drawn." if len(curves) > MOST else ""
+    note = f"Detected: share of the images that the attack made wrong. All criteria together, one rank for all.{more}"
+    return Chart("Detection over false alarms", draw(paint, "Share detected over share of natural images rejected"), note)
+
+
+def _over_steps(facts: dict[str, Any]) -> Chart | None:
+    steps, criteria = [float(step) for step in items(facts.get("steps"))], table(facts.get("criteria"))
+    if not steps or not criteria:
+        return None
+
+    def paint(axes: Any) -> None:
+        for position, (name, found) in enumerate(criteria.items()):
+            scale, style = max(float(found["threshold"]), 1e-9), line_style(position)
+            kept = [i for i in range(len(steps)) if found["median"][i] is not None]
+            x, low, middle, high = (
+                [steps[i] for i in kept],
+                *([float(found[key][i]) / scale for i in kept] for key in ("low", "median", "high")),
+            )
+            axes.plot(x, middle, label=WORDS.get(name, name), marker="o", markersize=3, **style)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), alpha=0.6)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set(xlabel="steps of the attack (0: natural)", ylabel="score / threshold", ylim=(0, None))
+        axes.legend(frameon=False, fontsize=8)
+
+    note = "Median of the images that are wrong, with quarters; above the dashed line they are rejected. Where the curves cross an attack may pass."
+    return Chart("Scores as the attack goes on", draw(paint, "Scores of each criterion over the steps of an attack"), note)

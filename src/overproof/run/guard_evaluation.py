@@ -1,0 +1,221 @@
+"""What guards are worth: the guarded model beside the bare one, under attacks made on each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from overproof import console
+from overproof.attacks.base import Attack
+from overproof.attacks.randomness import Streams
+from overproof.attacks.transfer import Transfer
+from overproof.config import resolve
+from overproof.data import ImageSet, make_loader
+from overproof.evaluation.detection import measure_detector, over_steps
+from overproof.evaluation.evaluator import evaluate, images_of, make_attacks
+from overproof.evaluation.records import Evaluation
+from overproof.folder import RunFolder, plain
+from overproof.guards.base import Judgement
+from overproof.guards.cache_memory import CacheMemory
+from overproof.guards.detector import Detector
+from overproof.guards.detector_attacks import SegmentSearch
+from overproof.guards.guarded import Guarded
+from overproof.networks import device_of, on_device
+from overproof.run.guarding import guard_data, load_guarded
+from overproof.run.judging import check_name, free_name, name_of, part_of
+
+TRANSFER = "-transfer"
+SEARCH = "segment-search"
+FOLLOWED = 256  # images whose scores are followed over the steps of an attack
+
+
+def evaluate_guarded(
+    guarded: Guarded,
+    data: Any,
+    *,
+    attacks: Mapping[str, Any] | Sequence[Any] = (),
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    sanity: int = 128,
+) -> Evaluation:
+    """Measure a guarded model: clean, under attacks through its guards, and under attacks made on the bare model.
+
+    Only the first kind of attack says whether the model is robust; the second shows what its guards stop in those who do not
+    know of them. With a detector, every attack also starts a search for points that the detector takes for natural.
+
+    Args:
+        guarded: the model with its guards.
+        data, attacks, batch_size, seed, device, sanity: as in `overproof.evaluate`.
+
+    Returns:
+        An evaluation of the model behind its guards, each attack also as "NAME-transfer". Its summary has a table "guard":
+        "clean" and "clean_without", "clean_rejected", for each attack the share "wrong_and_not_rejected" of the images that are
+        right untouched ("without": of the bare model), and the "strongest"; with a detector there is a table "detection" too.
+
+    Raises:
+        UsageError: the images are in the cache, or an unknown attack.
+    """
+    made, images = make_attacks(attacks), images_of(data)
+    place = torch.device(device) if device is not None else device_of(guarded.model)
+    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": place}
+    known = _refuse_remembered(guarded, images)
+    changes = guarded.cache is not None or guarded.purifier is not None
+    tried: dict[str, Attack] = dict(made)
+    if changes:
+        tried |= {f"{name}{TRANSFER}": Transfer(inner=attack, source=guarded.model) for name, attack in made.items()}
+    bare = evaluate(guarded.model, images, attacks=made, sanity=0, **common) if changes else None
+    result = evaluate(guarded.logits_model(), images, attacks=tried, sanity=sanity, **common)
+    detection = _detection(guarded, images, tried, **common) if guarded.detector is not None else None
+    facts = {**_table(result, bare or result, detection), "guards": _places(guarded), "remembered": known}
+    more = {} if detection is None else {"detection": detection}
+    return Evaluation({**result.summary, "guard": facts, **more}, result.samples, result.gallery)
+
+
+def _places(guarded: Guarded) -> list[str]:
+    return [place for place in ("purifier", "cache", "detector") if getattr(guarded, place) is not None]
+
+
+def _refuse_remembered(guarded: Guarded, images: Any) -> int:
+    """How many of the images are in the cache all the same."""
+    if isinstance(guarded.cache, CacheMemory) and isinstance(images, ImageSet):
+        return guarded.cache.check_unseen(images.images)
+    return 0
+
+
+def _table(result: Evaluation, bare: Evaluation, detection: dict[str, Any] | None) -> dict[str, Any]:
+    attacks: dict[str, dict[str, Any]] = {}
+    names = list(result.summary["attacks"]) if detection is None else list(detection["attacks"])
+    for name in names:
+        own = name.removesuffix(TRANSFER)
+        if detection is None:
+            through, detected = result.summary["attacks"][name]["success_rate"], None
+        else:
+            through, detected = detection["attacks"][name]["wrong_and_not_rejected"], detection["attacks"][name]["detected"]
+        without = bare.summary["attacks"].get(own, {}).get("success_rate")
+        attacks[name] = {"wrong_and_not_rejected": through, "detected": detected, "without": without, "transfer": own != name}
+    shares = {name: facts["wrong_and_not_rejected"] for name, facts in attacks.items()}
+    return {
+        "clean": result.clean,
+        "clean_without": bare.clean,
+        "clean_rejected": 0.0 if detection is None else detection["clean_rejected"],
+        "attacks": attacks,
+        "strongest": max(shares, key=shares.__getitem__) if shares else None,
+    }
+
+
+class _Beside:
+    """A detector that watches the bare model while somebody else attacks the guarded one."""
+
+    def __init__(self, detector: Detector, model: nn.Module) -> None:
+        # Measured to the end: a detector that stops early leaves scores out.
+        self.detector = Detector(**{**detector.options(), "stop_early": False}).restore(detector.state(), detector.facts)
+        self.model = model
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        return self.detector.thresholds
+
+    @property
+    def cut(self) -> float:
+        return self.detector.cut
+
+    def __call__(self, model: nn.Module, images: Tensor, streams: Streams | None = None) -> Judgement:
+        judged: Judgement = self.detector(self.model, images, streams)
+        return judged
+
+
+def _detection(
+    guarded: Guarded, data: Any, attacks: Mapping[str, Attack], *, batch_size: int, seed: int, device: torch.device
+) -> dict[str, Any]:
+    assert isinstance(guarded.detector, Detector)
+    console.note("judging attacked images with the detector")
+    with on_device(guarded, device):
+        judge = _Beside(guarded.detector, guarded.model)
+        batches = list(make_loader(data, batch_size).batches(0))
+        images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+        searches = {
+            f"{name}-{SEARCH}": SegmentSearch(inner=attack, detector=judge)
+            for name, attack in attacks.items()
+            if not name.endswith(TRANSFER)
+        }
+        found = measure_detector(
+            judge,
+            guarded.logits_model(),
+            images,
+            labels,
+            attacks={**attacks, **searches},
+            seed=seed,
+            batch_size=batch_size,
+        )
+        return {**found.summary(), **_over_steps(judge, guarded, images, labels, attacks, seed)}
+
+
+def _over_steps(
+    judge: _Beside, guarded: Guarded, images: Tensor, labels: Tensor, attacks: Mapping[str, Attack], seed: int
+) -> dict[str, Any]:
+    """The scores as the first attack with an option `steps` goes on, on a few images."""
+    attack: Any = next((attack for attack in attacks.values() if hasattr(attack, "steps")), None)
+    if attack is None:
+        return {}
+    attack = replace(attack, early_stop=False) if hasattr(attack, "early_stop") else attack
+    few = slice(0, FOLLOWED)
+    return {"over_steps": over_steps(judge, guarded.logits_model(), images[few], labels[few], attack=attack, seed=seed)}
+
+
+def evaluate_guarded_run(
+    run: str | Path,
+    *,
+    attacks: Mapping[str, Any],
+    data: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    sanity: int = 128,
+    overrides: Sequence[str] = (),
+    trusted: bool = False,
+) -> Evaluation:
+    """Evaluate the model of a run folder behind its guards and keep the result in it; options as in `evaluate_run`.
+
+    Raises:
+        FolderError: no such run or guards.
+        UsageError: the images are in the cache, or an unknown attack.
+    """
+    folder = RunFolder(run).require()
+    config = resolve(folder.config, overrides=[text for text in overrides if not text.startswith("data.")])
+    wanted = check_name(name) or f"guarded-{name_of(attacks, split)}"[:80]
+    splits = guard_data(config, data, overrides)
+    guarded = load_guarded(folder.path, trusted=trusted)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = evaluate_guarded(
+        guarded.to(device),
+        part_of(splits, split, limit),
+        attacks=attacks,
+        batch_size=config.evaluation.batch_size,
+        seed=seed,
+        sanity=sanity,
+    )
+    described = {place: _short(getattr(guarded, place).describe()) for place in _places(guarded)}
+    protocol: dict[str, Any] = {
+        "attacks": {key: facts["attack"] for key, facts in result.summary["attacks"].items()},
+        "guards": described,
+    }
+    protocol |= {"data": splits.name, "split": split, "limit": limit, "seed": seed}
+    summary = {**result.summary, "data": splits.name, "split": split, "model": config.model.name, "protocol": plain(protocol)}
+    summary["name"] = free_name(folder, wanted, summary["protocol"])
+    done = Evaluation(summary, result.samples, result.gallery)
+    if console.leading():
+        done.save(folder.path, summary["name"])
+    return done
+
+
+def _short(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value for key, value in facts.items() if key != "tuning" and isinstance(value, str | int | float | bool | list)
+    }

@@ -1,0 +1,187 @@
+"""Fit guards for a finished run, and put it behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from overproof import console
+from overproof.config import RunConfig, resolve
+from overproof.data import ImageSet, Splits, make_loader
+from overproof.data.streams import StreamSet
+from overproof.errors import UsageError
+from overproof.folder import RunFolder, write_arrays
+from overproof.guards import GUARDS
+from overproof.guards.base import Guard
+from overproof.guards.cache import Cache
+from overproof.guards.guarded import Guarded
+from overproof.guards.storage import HOME, describe_guards, load_guards, save_guard
+from overproof.models.weights import load_model
+from overproof.networks import device_of
+from overproof.run.prepare import USER, data_of
+
+SHOWN, NEIGHBOURS = 8, 5  # test images in the report, and neighbours of each
+READ = 1024  # images of a streamed set at a time
+Part = ImageSet | StreamSet
+
+
+def fit_guards(
+    run: str | Path,
+    guards: Mapping[str, Mapping[str, Any]],
+    *,
+    which: Literal["best", "last"] = "best",
+    data: str | None = None,
+    tune: bool = True,
+    overrides: Sequence[str] = (),
+    trusted: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Fit guards for the model of a run folder and keep them in it.
+
+    A cache remembers the training images, is tuned on the validation part, and then remembers that part too, as the paper does.
+    A detector is fitted on the validation part. Test images are looked at by nobody, but for a few pictures in the report.
+
+    Args:
+        run: a run folder with weights.
+        guards: options by registered name, such as {"cache": {"top_k": 50}, "detector": {"fpr": 0.1}}.
+        which: weights, "best" or "last".
+        data: another set than the run's own.
+        tune: choose the options that can be tuned on the validation part; False leaves them as they are given.
+        overrides: "data.key=value" for the configuration of the data.
+        trusted: allow a folder that names a package.module:callable to import and run it.
+
+    Returns:
+        What was fitted, by name.
+
+    Raises:
+        UsageError: no guard, an unknown one or an unknown option, or no validation part for a detector.
+        FolderError: no such run or weights.
+    """
+    if not guards:
+        raise UsageError(f"Name the guards to be fitted; known are {', '.join(GUARDS.names())}.")
+    made: dict[str, Guard] = {name: GUARDS.create(name, **options) for name, options in guards.items()}
+    folder = RunFolder(run).require()
+    splits = guard_data(resolve(folder.config), data, overrides)
+    model = load_model(folder.path, which, trusted=trusted).to("cuda" if torch.cuda.is_available() else "cpu")
+    for name, guard in made.items():
+        console.note(f"fitting the {name} of {folder.path}")
+        if isinstance(guard, Cache):
+            _fit_cache(guard, model, splits, tune=tune)
+        else:
+            part = _needed(splits, guard.place) if guard.place == "detector" else splits.train
+            guard.fit(model, *_tensors(part))
+            if tune and splits.validation is not None:
+                guard.tune(model, *_tensors(splits.validation))
+        save_guard(guard, folder.path, name, weights=which, data=splits.name, classes=list(splits.classes))
+        if isinstance(guard, Cache):
+            write_arrays(folder.path / HOME / f"{name}.npz", _pictures(guard, model, splits))
+    return {name: guard.describe() for name, guard in made.items()}
+
+
+def guard_data(config: RunConfig, data: str | None, overrides: Sequence[str] = ()) -> Splits:
+    """The data that guards of a run are fitted and judged on.
+
+    Raises:
+        UsageError: the run was made on data of a program, and no other set is named.
+    """
+    table = config.table()
+    if data is not None:
+        table["data"] = {"name": data, "validation": config.data.validation}
+    config = resolve(table, overrides=overrides)
+    if config.data.name == USER:
+        raise UsageError(
+            "This run was trained on data of a program. Name a data set with --data, or use the guards in Python: "
+            "Cache().fit(model, images, labels)."
+        )
+    return data_of(config)
+
+
+def _needed(splits: Splits, place: str) -> Part:
+    if splits.validation is None:
+        raise UsageError(
+            f"The data have no validation part, which the {place} needs: set data.validation=0.1. (Training images will not do, "
+            "the model is too sure of them.)"
+        )
+    return splits.validation
+
+
+def _tensors(part: Part) -> tuple[Tensor, Tensor]:
+    if isinstance(part, ImageSet):
+        return part.images, part.labels
+    batches = list(make_loader(part, READ).batches(0))
+    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+
+def _fit_cache(cache: Cache, model: nn.Module, splits: Splits, *, tune: bool) -> None:
+    """Positions count through the training part and go on in the validation part."""
+    _learn(cache, model, splits.train, first=True)
+    if splits.validation is None:
+        console.note("note: the data have no validation part, so theta and lam stay as they are.")
+        return
+    if tune:
+        cache.tune(model, *_tensors(splits.validation))
+    if cache.centres is None and cache.limit is None:
+        _learn(cache, model, splits.validation, first=False, offset=len(splits.train))
+
+
+def _learn(cache: Cache, model: nn.Module, part: Part, *, first: bool, offset: int = 0) -> None:
+    if isinstance(part, ImageSet):
+        positions = torch.arange(offset, offset + len(part))
+        (cache.fit if first else cache.add)(model, part.images, part.labels, index=positions)
+        return
+    for number, batch in enumerate(make_loader(part, READ).batches(0)):
+        positions = torch.arange(len(batch)) + offset + number * READ
+        (cache.fit if first and not number else cache.add)(model, batch.images, batch.labels, index=positions)
+
+
+def _pictures(cache: Cache, model: nn.Module, splits: Splits) -> dict[str, np.ndarray]:
+    """A few test images with their neighbours in the cache; always the same, and not those that look best."""
+    batch = next(iter(make_loader(splits.test, SHOWN, shuffle=True, device=device_of(model)).batches(0)))
+    images = batch.images[:SHOWN]
+    with torch.no_grad():
+        answer, near = cache(model, images), cache.neighbours(model, images, NEIGHBOURS)
+    arrays = {
+        "images": (images * 255).round().byte(),
+        "labels": batch.labels[:SHOWN],
+        "predictions": answer.logits.argmax(dim=1),
+    }
+    arrays |= {name: answer.parts[name].exp() for name in ("network", "cache") if name in answer.parts}
+    arrays |= {"neighbour_labels": near.labels, "similarity": near.similarity}
+    found = {name: value.detach().cpu().numpy() for name, value in arrays.items()}
+    if isinstance(splits.train, ImageSet):
+        found["neighbours"] = _looked_up(splits, near.positions.cpu(), near.mirrored.cpu()).numpy()
+    return found
+
+
+def _looked_up(splits: Splits, positions: Tensor, mirrored: Tensor) -> Tensor:
+    """Pixels (N, k, C, H, W) of the remembered images at `positions` (N, k)."""
+    parts = [part.images.cpu() for part in (splits.train, splits.validation) if isinstance(part, ImageSet)]
+    sizes, found = len(parts[0]), []
+    for place, flipped in zip(positions.flatten().tolist(), mirrored.flatten().tolist(), strict=True):
+        image = parts[0][place] if place < sizes else parts[1][place - sizes]
+        image = image if image.dtype == torch.uint8 else (image * 255).round().byte()
+        found.append(image.flip(-1) if flipped else image)
+    return torch.stack(found).reshape(*positions.shape, *found[0].shape)
+
+
+def load_guarded(run: str | Path, *, which: str | None = None, trusted: bool = False) -> Guarded:
+    """The model of a run folder behind the guards that were fitted for it, in eval mode on the CPU.
+
+    Args:
+        run: a run folder with guards.
+        which: weights; those that the guards were fitted for if None.
+        trusted: allow a folder that names a package.module:callable to import and run it.
+
+    Raises:
+        FolderError: no such run or guards, or damaged ones. Nothing read is executed.
+        UsageError: the guards were fitted for other weights.
+    """
+    folder = RunFolder(run).require()
+    guards = load_guards(folder.path)
+    known = [str(dict(facts.get("about", {})).get("weights", "best")) for facts in describe_guards(folder.path).values()]
+    model = load_model(folder.path, which or known[0], trusted=trusted)
+    return Guarded(model, **guards).eval()

@@ -1,0 +1,58 @@
+"""What a configuration asks of robust training beyond its method: a generator's images, a radius that grows, a watch on flatness."""
+
+from __future__ import annotations
+
+from overproof.config import RunConfig
+from overproof.data import DATA
+from overproof.errors import UsageError
+from overproof.methods import METHODS
+from overproof.methods.objective import Objective, RobustObjective
+
+
+def check_extra(config: RunConfig, *, named: bool) -> None:
+    """Refuse extra data that cannot be served, before anything is built or written.
+
+    Args:
+        config: whose `data.extra` is checked.
+        named: whether that is the name of a source, and not an object of the caller's.
+
+    Raises:
+        UsageError: no such source or option, or a cache that knows only the training images.
+    """
+    data = config.data
+    if data.extra is None:
+        return
+    if config.train.cache_teacher:
+        raise UsageError(
+            "train.cache_teacher=true knows the teacher's logits on the training images only. Drop it, or data.extra."
+        )
+    if named:
+        kind, _, place = data.extra.partition(":")
+        entry = DATA.get(kind)
+        entry.check(data.extra_options, "data source")
+        if entry.positional() and not place:
+            raise UsageError(f"data.extra={data.extra!r} needs to be told where: {kind}:{entry.positional()[0].upper()}.")
+
+
+def warm_up(objective: Objective, epochs: float) -> None:
+    """Let the radius of every inner attack grow over `epochs`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    robust = [part for part in objective.modules() if isinstance(part, RobustObjective)]
+    if epochs and not robust:
+        raise UsageError(
+            f"train.eps_warmup={epochs:g}: {type(objective).__name__} attacks nothing while it trains, so no radius can grow. Drop it, or "
+            "use a robust method (pgd-at, trades, ...)."
+        )
+    for part in robust:
+        part.eps_warmup = epochs
+
+
+def watched(config: RunConfig) -> bool:
+    """Whether the evaluation measures flatness too: as the configuration says, else for methods with a penalty on it."""
+    if config.evaluation.fisher is not None:
+        return config.evaluation.fisher
+    names = [config.method.name, *config.method.options.get("methods", ())]
+    return any(name in METHODS and "penalty" in METHODS.get(name).tags for name in names)
