@@ -31,6 +31,7 @@ from overproof.run.environment import environment
 
 NEAR, FAR = 8 / 255, 0.1
 RATES = (0.05, 0.1, 0.2)
+UNAWARE = 6  # of the attacks, the first
 
 
 class Told:

@@ -27,6 +27,7 @@ from overproof.methods import METHODS
 from overproof.methods.ce import CE
 from overproof.methods.composed import Composed
 from overproof.methods.fim import FIM
+from overproof.methods.fim_serving import see_what_serves
 from overproof.report import write_report
 from overproof.report.flatness import flatness_lines
 from overproof.report.words import evaluation_text
@@ -346,6 +347,21 @@ def test_what_the_message_offers_works() -> None:
     FIM(Own())(small_batch(4), LATE).losses["fim"].backward()
 
 
+def test_only_what_works_is_offered() -> None:
+    """Forward mode fails in a way of its own: that does not hide the message."""
+
+    class Stubborn(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.autograd.forward_ad._current_level >= 0:
+                raise RuntimeError("something else")
+            return super().forward(x)
+
+    with pytest.raises(DerivativeError, match="Use estimator='fd-kl'"):
+        FIM(Stubborn())(small_batch(4), LATE)
+    with pytest.raises(RuntimeError, match="something else"):
+        FIM(Stubborn(), estimator="hutchinson")(small_batch(4), LATE)
+
+
 def test_the_look_at_the_operators_leaves_no_trace() -> None:
     student, batch = small_model().train(), small_batch(8)
     before = copy.deepcopy(student.state_dict())
@@ -353,7 +369,7 @@ def test_the_look_at_the_operators_leaves_no_trace() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    objective._see_what_serves(batch.images[:2])
+    see_what_serves(student, objective.measure, batch.images[:2])
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())

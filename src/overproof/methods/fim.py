@@ -12,19 +12,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from overproof.errors import DerivativeError, UsageError
-from overproof.losses.derivatives import naming_operators, refuse_dead_ends
+from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy
 from overproof.losses.fisher_eigen import Solver
 from overproof.losses.fisher_trace import ESTIMATORS, Tracer
 from overproof.methods.fim_memory import ClassVectors
+from overproof.methods.fim_serving import see_what_serves
 from overproof.methods.objective import AttackMode, Objective
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 
 Penalised = Literal["trace", "lambda_max"]
 AnyEstimator = Literal["exact", "rademacher", "label", "hutchinson", "fd-kl", "power"]
-SERVING: tuple[Literal["rademacher", "hutchinson", "fd-kl"], ...] = ("rademacher", "hutchinson", "fd-kl")
 
 
 class FIM(Objective):
@@ -96,7 +95,8 @@ class FIM(Objective):
         """One step's losses."""
         weight = self._weight(progress)
         if weight and not self._served:
-            self._see_what_serves(batch.images[:2])
+            see_what_serves(self.student, self.measure, batch.images[:2])
+            self._served = True
         if weight and self._one_pass(batch.images):
             values, logits = self._penalty(batch.images, batch.index)
         else:
@@ -155,33 +155,6 @@ class FIM(Objective):
         """Whether cross-entropy and penalty can stand on the same forward pass."""
         moody = any(isinstance(part, _NormBase | _DropoutNd) for part in self.student.modules())
         return self.share == 1 and not self._needs_full(images) and (not moody or self.penalty_mode == "train")
-
-    def _see_what_serves(self, images: Tensor) -> None:
-        """Once, on two images: a derivative that is missing would only show in the loop's backward pass."""
-        error = self._refusal(self.measure, images)
-        if error is not None:
-            # The last of these needs only what any training needs.
-            other = next((name for name in SERVING[:-1] if self._refusal(Tracer(estimator=name), images) is None), SERVING[-1])
-            change = f"estimator={other!r}" if self.target == "trace" else f"target='trace' and estimator={other!r}"
-            raise DerivativeError(f"fim: estimator={self.estimator!r}", error.operator, f"Use {change}.") from error
-        self._served = True
-
-    def _refusal(self, measure: Tracer | Solver, images: Tensor) -> DerivativeError | None:
-        weights = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        try:
-            with (
-                torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
-                torch.autocast(images.device.type, enabled=False),
-                in_mode(self.student),
-                naming_operators("The penalty", ""),
-            ):
-                found = measure(self.student, images, create_graph=True)
-                values = found.values if not isinstance(found, tuple) else found[0]
-                refuse_dead_ends(values)
-                torch.autograd.grad(values.sum(), weights, allow_unused=True)
-        except DerivativeError as error:
-            return error
-        return None
 
 
 def _instrument(

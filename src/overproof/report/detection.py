@@ -45,7 +45,7 @@ def detected(run: Run) -> Detected | None:
         limits = numbers(found.get("thresholds"))
         for name, facts in table(found.get("histograms")).items():
             charts.append(_histogram(name, facts, limits.get(name), strongest))
-        charts += [chart for chart in (_roc(attacks), _over_steps(table(found.get("over_steps")))) if chart]
+        charts += [chart for chart in (_roc(attacks, strongest), _over_steps(table(found.get("over_steps")))) if chart]
     except (KeyError, ValueError, TypeError, IndexError) as error:
         run.warnings.append(f"{run.folder.path}: the detector's scores cannot be drawn ({type(error).__name__}: {error}).")
     return Detected(run, charts, rows, number(found.get("clean_rejected")), strongest, criteria)
@@ -72,14 +72,16 @@ def _histogram(name: str, facts: dict[str, Any], limit: float | None, attack: st
                  f"{limited}The last bin holds all larger scores.")  # fmt: skip
 
 
-def _roc(attacks: dict[str, dict[str, Any]]) -> Chart | None:
+def _roc(attacks: dict[str, dict[str, Any]], strongest: str) -> Chart | None:
     curves = {name: [items(axis) for axis in items(facts.get("roc"))] for name, facts in attacks.items()}
     curves = {name: curve for name, curve in curves.items() if len(curve) == 2 and curve[0]}
     if not curves:
         return None
+    first = sorted(curves, key=strongest.__ne__)[:MOST]  # the strongest one is always drawn
 
     def paint(axes: Any) -> None:
-        for position, (name, (false, true)) in enumerate(list(curves.items())[:MOST]):
+        for position, name in enumerate(first):
+            false, true = curves[name]
             axes.plot([100 * x for x in false], [100 * y for y in true], label=name, **line_style(position))
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (3, 3)), alpha=0.6)
         axes.set(xlabel="natural images rejected (%)", ylabel="detected (%)", xlim=(0, 100), ylim=(0, 102))
@@ -107,7 +109,14 @@ def _over_steps(facts: dict[str, Any]) -> Chart | None:
             axes.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), alpha=0.6)
         axes.set_xscale("symlog", linthresh=1)
-        axes.set(xlabel="steps of the attack (0: natural)", ylabel="score / threshold", ylim=(0, None))
+        axes.set_xticks(steps, [f"{step:g}" for step in steps], fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.set(
+            xlabel="steps of the attack (0: natural)",
+            ylabel="score / threshold",
+            xlim=(-0.15, 1.1 * max(steps)),
+            ylim=(0, None),
+        )
         axes.legend(frameon=False, fontsize=8)
 
     note = "Median of the images that are wrong, with quarters; above the dashed line they are rejected. Where the curves cross an attack may pass."

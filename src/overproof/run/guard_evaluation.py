@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,14 @@ def _table(result: Evaluation, bare: Evaluation, detection: dict[str, Any] | Non
     }
 
 
+def _search(attack: Attack, judge: _Beside) -> SegmentSearch:
+    """The search under the attack's own threat, along the way to a deep image: one that stops at the boundary leads nowhere."""
+    norm, eps = type(attack.threat).__name__, attack.threat.eps
+    if norm in ("Linf", "L2", "L1") and math.isfinite(eps):
+        return SegmentSearch(inner={"attack": "adam", "loss": "margin", "eps": eps, "norm": norm}, detector=judge)
+    return SegmentSearch(inner=attack, detector=judge)
+
+
 class _Beside:
     """A detector that watches the bare model while somebody else attacks the guarded one."""
 
@@ -140,9 +149,7 @@ def _detection(
         batches = list(make_loader(data, batch_size).batches(0))
         images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
         searches = {
-            f"{name}-{SEARCH}": SegmentSearch(inner=attack, detector=judge)
-            for name, attack in attacks.items()
-            if not name.endswith(TRANSFER)
+            f"{name}-{SEARCH}": _search(attack, judge) for name, attack in attacks.items() if not name.endswith(TRANSFER)
         }
         found = measure_detector(
             judge,
