@@ -560,7 +560,7 @@ def with_learned(folder: Path) -> Path:
 def test_what_a_method_learned(tmp_path: Path) -> None:
     run = with_learned(make_run(tmp_path / "sokd"))
     page = write_report([run]).read_text()
-    assert "Learned beside the student" in page
+    assert "Inside the method" in page
     assert "12,345" in page or "12.3 k" in page
     assert page.count("magnitude over epochs") == 1
     assert "applied per draw over epochs" in page
@@ -585,9 +585,9 @@ def test_damaged_learned_parts_are_named(tmp_path: Path) -> None:
     write_arrays(run / "method.npz", {"images": np.zeros((3, 1, 8, 8)), "student_boxes": np.zeros((1, 2, 4))})
     assert "method.npz cannot be shown" in write_report([run]).read_text()
     (run / "method.json").write_text("[1]")
-    assert "Learned beside the student" in write_report([run]).read_text()  # the lines over epochs are still there
+    assert "Inside the method" in write_report([run]).read_text()  # the lines over epochs are still there
 
 
 def test_nothing_learned_says_nothing(tmp_path: Path) -> None:
-    assert "Learned beside" not in write_report([make_run(tmp_path / "kd")]).read_text()
+    assert "Inside the method" not in write_report([make_run(tmp_path / "kd")]).read_text()
     assert method_text({}) == ""

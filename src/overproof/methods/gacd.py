@@ -176,10 +176,7 @@ class GACD(RobustObjective, FeatureObjective):
         return self._guided(features, lessons, batch)[0]
 
     def _harden(self, batch: Batch) -> Batch:
-        def loss(x: Tensor, rows: Tensor) -> Tensor:
-            return cross_entropy(self.student(x), batch.labels[rows])
-
-        return replace(batch, images=self.perturb(loss, batch.images))
+        return replace(batch, images=self.against_labels(batch))
 
     def _guided(
         self, features: Mapping[Source, Tensor], lessons: Mapping[Source, Lesson], batch: Batch

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from overproof.attacks.pgd import PGD
 from overproof.attacks.threats import Norm
@@ -69,11 +69,7 @@ class LinearProbe(RobustObjective):
 
     def forward(self, batch: Batch, progress: Progress, phase: str = "train") -> Output:
         """One step's loss."""
-
-        def loss(x: Tensor, rows: Tensor) -> Tensor:
-            return cross_entropy(self.student(x), batch.labels[rows])
-
-        images = self.perturb(loss, batch.images) if self.images == "adv" else batch.images
+        images = self.against_labels(batch) if self.images == "adv" else batch.images
         with in_mode(self.student), torch.no_grad():
             (feature,) = self._tap(images)[1].values()
         # Autocast may hold a copy of the layer that was made without gradients; in full precision it is not used.

@@ -15,6 +15,7 @@ from overproof.attacks.ascent import Loss, Start, ascend
 from overproof.attacks.pgd import PGD
 from overproof.attacks.threats import Norm, Threat, make_ball
 from overproof.errors import UsageError
+from overproof.losses.divergences import cross_entropy
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 
@@ -172,6 +173,14 @@ class RobustObjective(Objective):
         """Share of the full radius at this step, min(1, (step + 1) / steps of the warm-up)."""
         warmup = self.eps_warmup * progress.total / progress.epochs
         return min(1.0, (progress.step + 1) / warmup) if warmup else 1.0
+
+    def against_labels(self, batch: Batch) -> Tensor:
+        """Images on which the student's cross-entropy is largest."""
+
+        def loss(x: Tensor, rows: Tensor) -> Tensor:
+            return cross_entropy(self.student(x), batch.labels[rows])
+
+        return self.perturb(loss, batch.images)
 
     def perturb(self, loss: Loss, images: Tensor) -> Tensor:
         """Images that maximise `loss(x, rows)` under the method's threat, student in `attack_mode`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from overproof.attacks.threats import Norm
 from overproof.losses.divergences import cross_entropy
@@ -45,9 +45,5 @@ class PGDAT(RobustObjective):
 
     def forward(self, batch: Batch, progress: Progress, phase: str = "train") -> Output:
         """One step's loss."""
-
-        def loss(x: Tensor, rows: Tensor) -> Tensor:
-            return cross_entropy(self.student(x), batch.labels[rows])
-
-        logits = self.student(self.perturb(loss, batch.images))
+        logits = self.student(self.against_labels(batch))
         return Output({"adversarial": cross_entropy(logits, batch.labels).mean()}, logits)

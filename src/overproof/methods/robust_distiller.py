@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from overproof.errors import UsageError
-from overproof.losses.divergences import cross_entropy
 from overproof.losses.reliability import log_probability, teacher_case
 from overproof.methods.objective import RobustObjective
 from overproof.types import Batch
@@ -50,14 +49,6 @@ class RobustDistiller(RobustObjective):
     def __init__(self, student: nn.Module, teacher: nn.Module, *, watch: bool = True, **attack: Any) -> None:
         super().__init__(student, teacher, **attack)
         self.watch = watch
-
-    def against_labels(self, batch: Batch) -> Tensor:
-        """Images on which the student's cross-entropy is largest."""
-
-        def loss(x: Tensor, rows: Tensor) -> Tensor:
-            return cross_entropy(self.student(x), batch.labels[rows])
-
-        return self.perturb(loss, batch.images)
 
     def ask(self, batch: Batch, images: Tensor, also: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The teacher's logits (N, K) on `images`, and on `also` if given: one pass, but for logits that are known already."""

@@ -75,8 +75,12 @@ def training(runs: Sequence[Run]) -> list[Chart]:
 
 
 def families(run: Run) -> list[tuple[Chart, list[str]]]:
-    """What was logged as FAMILY/MEMBER over epochs, a drawing per family, with the members in the order of their lines."""
+    """What was logged as FAMILY/MEMBER over epochs, a drawing per family, with the members in the order of their lines.
+
+    What `training` draws for all runs together is left out.
+    """
     names = dict.fromkeys(key for record in run.metrics for key in table(record.get("train")) if "/" in key)
+    names = dict.fromkeys(key for key in names if ("train", key) not in TEACHER)
     found: dict[str, list[str]] = {}
     for key in names:
         family, _, member = key.partition("/")

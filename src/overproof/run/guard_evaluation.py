@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof import console
-from overproof.attacks.base import Attack
+from overproof.attacks.base import Attack, BudgetAttack
 from overproof.attacks.randomness import Streams
 from overproof.attacks.transfer import Transfer
 from overproof.config import resolve
@@ -112,9 +111,8 @@ def _table(result: Evaluation, bare: Evaluation, detection: dict[str, Any] | Non
 
 def _search(attack: Attack, judge: _Beside) -> SegmentSearch:
     """The search under the attack's own threat, along the way to a deep image: one that stops at the boundary leads nowhere."""
-    norm, eps = type(attack.threat).__name__, attack.threat.eps
-    if norm in ("Linf", "L2", "L1") and math.isfinite(eps):
-        return SegmentSearch(inner={"attack": "adam", "loss": "margin", "eps": eps, "norm": norm}, detector=judge)
+    if isinstance(attack, BudgetAttack):
+        return SegmentSearch(detector=judge, eps=attack.eps, norm=attack.norm)
     return SegmentSearch(inner=attack, detector=judge)
 
 
@@ -148,9 +146,11 @@ def _detection(
         judge = _Beside(guarded.detector, guarded.model)
         batches = list(make_loader(data, batch_size).batches(0))
         images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
-        searches = {
-            f"{name}-{SEARCH}": _search(attack, judge) for name, attack in attacks.items() if not name.endswith(TRANSFER)
-        }
+        searches: dict[str, SegmentSearch] = {}
+        for name, attack in attacks.items():
+            search = None if name.endswith(TRANSFER) else _search(attack, judge)
+            if search is not None and search not in searches.values():  # attacks of one threat share it
+                searches[f"{name}-{SEARCH}"] = search
         found = measure_detector(
             judge,
             guarded.logits_model(),
