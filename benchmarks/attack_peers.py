@@ -9,7 +9,8 @@ setuptools dropped, to be built and to be imported, so build that first, without
     pip install "setuptools<81" wheel && pip install --no-build-isolation visdom==0.2.4 && pip install --group bench
 
 A library that is not there is left out and named. Every library's images are judged by our `verdict` (range, distance and
-prediction again), the time is that of the attack call alone, all see the images that the model gets right in batches of the same
+prediction again), the time is that of the attack call alone (of the contests in --untimed
+none is taken), all see the images that the model gets right in batches of the same
 size, on a model in eval mode with frozen weights (which spares the peers the weight gradients). Measurements shorter than 10
 seconds are repeated three times, taking turns, and the median counts. Peers stop no image early in PGD; ours does (and is
 also shown without). A peer is correct if its robust accuracy is at most 0.5 points above ours; a ratio is our time divided by that
@@ -106,7 +107,7 @@ class Field:
         }  # fmt: skip
 
 
-def compare(field: Field, contest: str, state: State, radii: Radii) -> dict[str, Row]:
+def compare(field: Field, contest: str, state: State, radii: Radii, *, timed: bool = True) -> dict[str, Row]:
     """Measure all entrants of a contest, taking turns; rows by library."""
     attacks, done = {}, {}
     for library, build in CONTESTS[contest](radii).items():
@@ -116,11 +117,12 @@ def compare(field: Field, contest: str, state: State, radii: Radii) -> dict[str,
             if library.startswith("ours"):
                 raise
             print(f"  {library} is left out: {error}", flush=True)
-    about = {"model": field.name, "images": len(field.labels), "batch": field.batch, "threads": torch.get_num_threads()}
+    threads = torch.get_num_threads() if timed else None
+    about = {"model": field.name, "images": len(field.labels), "batch": field.batch, "threads": threads}
     few = Field(field.name, field.model, field.images[:4], field.labels[:4], field.batch)
     for repeat in range(REPEATS):
         for library, attack in list(attacks.items())[:: -1 if repeat % 2 else 1]:
-            if repeat and (library not in done or done[library][0]["seconds"] >= LONG):
+            if repeat and (not timed or library not in done or done[library][0]["seconds"] >= LONG):
                 continue
             # The reference's AutoAttack is one and the same measurement for both of our versions.
             which = "autoattack" if library == "pyautoattack" and contest == "fast" else contest
@@ -129,13 +131,19 @@ def compare(field: Field, contest: str, state: State, radii: Radii) -> dict[str,
             def measure(attack: Attack = attack, repeat: int = repeat) -> Row:
                 if repeat == 0 and contest in ("pgd", "cw", "deepfool", "fab"):
                     few.measure(attack, radius_of(contest, radii), 0)  # what is loaded on first use is not the attack's time
-                return field.measure(attack, radius_of(contest, radii), repeat)
+                row = field.measure(attack, radius_of(contest, radii), repeat)
+                return row if timed else {**row, "seconds": None}
 
             try:
                 done.setdefault(library, []).append(state.get(key, measure))
             except OverproofError as error:
                 print(f"  {library} failed: {error}", flush=True)
-    return {name: {**rows[0], "seconds": statistics.median(r["seconds"] for r in rows)} for name, rows in done.items()}
+    return {name: {**rows[0], "seconds": _median([row["seconds"] for row in rows])} for name, rows in done.items()}
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def judged(contest: str, rows: dict[str, Row]) -> tuple[float | None, bool]:
@@ -144,9 +152,9 @@ def judged(contest: str, rows: dict[str, Row]) -> tuple[float | None, bool]:
     if not peers:
         return None, True
     ours, best = rows["ours"]["robust"], min(row["robust"] for row in peers.values())
-    correct = [row["seconds"] for row in peers.values() if row["robust"] <= max(ours, best) + SLACK]
+    correct = [row["seconds"] for row in peers.values() if row["robust"] <= max(ours, best) + SLACK and row["seconds"]]
     limit = 0.003 if contest in ("autoattack", "fast") else SLACK
-    return rows["ours"]["seconds"] / min(correct), ours <= best + limit + 1e-9
+    return rows["ours"]["seconds"] / min(correct) if correct else None, ours <= best + limit + 1e-9
 
 
 def show(field: Field, contest: str, rows: dict[str, Row], radii: Radii) -> None:
@@ -160,8 +168,9 @@ def show(field: Field, contest: str, rows: dict[str, Row], radii: Radii) -> None
     )
     for name, row in rows.items():
         size = "" if row["median_size"] is None else f"{row['median_size']:.4f}"
-        ratio = rows["ours"]["seconds"] / row["seconds"]
-        print(f"  {name:20} {100 * row['robust']:9.2f} {row['seconds']:9.2f} {ratio:8.3f} {row['forward']:9.1f} "
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        ratio = "" if row["seconds"] is None else f"{rows['ours']['seconds'] / row['seconds']:.3f}"
+        print(f"  {name:20} {100 * row['robust']:9.2f} {seconds:>9} {ratio:>8} {row['forward']:9.1f} "
               f"{row['backward']:9.1f} {size:>12} {row['invalid']:8}", flush=True)  # fmt: skip
 
 
@@ -190,6 +199,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="where the trained models are")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--resume", type=Path, help="state file to go on from")
+    parser.add_argument(
+        "--untimed", default="", help="contests whose times do not matter: the machine may be busy with other things"
+    )
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--train", action="store_true", help="train the models that are not there, and stop")
     parser.add_argument("--epochs", type=int, help="for --train")
@@ -221,7 +233,7 @@ def main() -> None:
     for name in options.models.split(","):
         field, radii = prepared(name, options), SETTINGS[name].radii
         for contest in options.only.split(","):
-            rows = compare(field, contest, state, radii)
+            rows = compare(field, contest, state, radii, timed=contest not in options.untimed.split(","))
             show(field, contest, rows, radii)
             ratio, same = judged(contest, rows)
             equal = equal and same

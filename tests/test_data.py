@@ -813,6 +813,21 @@ def test_sixteen_bit_grey_keeps_its_upper_bits():
     assert decode(png(values)).tolist() == [[[0, 0], [1, 255]]]
 
 
+def test_folders_follow_exif_and_lay_what_is_transparent_on_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
+    upright = np.arange(32, dtype=np.uint8).reshape(4, 8)
+    clear = Image.new("RGBA", (8, 4), (9, 9, 9, 0))
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(upright).rotate(90, expand=True).save(tmp_path / part / name / "0.png", exif=exif)
+            clear.convert("LA").save(tmp_path / part / name / "1.png")
+    data = load_data(f"folder:{tmp_path}", validation=0.0)
+    assert torch.equal(data.test.images[0], torch.from_numpy(upright)[None])
+    assert data.test.images[1].unique().tolist() == [255]
+
+
 def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(DataError, match="decompression bomb"):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import overproof
+from overproof.data import ImageSet, Splits
 from overproof.errors import UnknownNameError, UsageError
 from overproof.features import Tap
 from overproof.losses.contrast import noise_contrast
@@ -19,9 +23,9 @@ from overproof.methods import METHODS
 from overproof.methods.attention_transfer import AttentionTransfer
 from overproof.methods.composed import Composed
 from overproof.methods.crd import CRD
-from overproof.methods.crd_bank import Bank
 from overproof.methods.dkd import DKD
 from overproof.methods.feature_adapters import Regressor
+from overproof.methods.feature_bank import Bank
 from overproof.methods.feature_probe import Place, as_map, as_vector, pair_up, pooled_map
 from overproof.methods.fitnet import FitNet
 from overproof.methods.kd import KD
@@ -31,6 +35,7 @@ from overproof.methods.rkd import RKD
 from overproof.methods.similarity import SimilarityPreserving
 from overproof.methods.vid import VID
 from overproof.models import create_model
+from overproof.run.numbering import check_numbers
 from overproof.testing import check_method, small_batch, small_model
 from overproof.types import Batch, Progress
 
@@ -238,6 +243,37 @@ def test_bank_draws_other_classes_uniformly_and_same_ones() -> None:
         assert bool(((counts[labels != label] - expected).abs() < 5 * math.sqrt(expected)).all())
     same = bank.draw_same(torch.tensor([2] * 3_000))
     assert set(same.tolist()) == {3, 5, 6}
+
+
+def test_rows_that_no_image_has_filled_are_no_negatives() -> None:
+    bank = Bank(4, 1000, momentum=0.5)
+    bank.open(torch.tensor([3, 500, 7]), torch.tensor([0, 1, 1]))
+    drawn = bank.draw_others(torch.tensor([0, 1]), 200)
+    assert set(drawn[0].tolist()) == {500, 7}
+    assert set(drawn[1].tolist()) == {3}
+    alone = Bank(4, 10, momentum=0.5)  # nobody else is known yet: any row that is
+    alone.open(torch.tensor([2, 5]), torch.tensor([4, 4]))
+    assert set(alone.draw_others(torch.tensor([4]), 100).flatten().tolist()) == {2, 5}
+
+
+@pytest.mark.parametrize("negatives", ["all", 64])
+def test_a_larger_bank_teaches_the_same(negatives: int | str) -> None:
+    """Rows of images that are not trained on change nothing; neither does their number."""
+    found = []
+    for samples in (12, 5000):
+        torch.manual_seed(0)
+        objective = CRD(small_model(0), small_model(1).eval(), dim=8, samples=samples, negatives=negatives).train()
+        objective.student.eval()
+        rows = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+        objective.bank.student[:12], objective.bank.teacher[:12] = rows, rows.flip(0)
+        for name in ("student_head", "teacher_head"):
+            nn.init.eye_(getattr(objective, name).weight)
+        if negatives != "all":
+            objective.negatives = 12
+            objective.bank.draw_others = lambda labels, count: torch.arange(count).expand(len(labels), count)  # type: ignore[method-assign]
+        losses = objective(small_batch(12), NOW).losses
+        found.append(torch.stack([losses["crd-student"], losses["crd-teacher"]]).detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_bank_updates_only_its_rows_to_unit_length() -> None:
@@ -453,3 +489,40 @@ def test_run_tells_methods_about_the_data(tmp_path: Path) -> None:
     run = distill(*networks, data, method=["kd", "crd"], epochs=1, batch_size=32, out=tmp_path / "run")
     assert run.folder.config["method"]["methods"] == ["kd", "crd"]
     assert run.folder.status["state"] == "done"
+
+
+class Numbered:
+    """Batches that bring their images' numbers."""
+
+    def __init__(self, part: ImageSet) -> None:
+        self.part = part
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in torch.randperm(len(self.part)).split(16):
+            yield Batch(self.part.images[rows].float() / 255, self.part.labels[rows], rows)
+
+
+def test_what_is_remembered_by_number_needs_numbers_that_stay(digits: Splits, tmp_path: Path) -> None:
+    part = digits.train.subset(range(48))
+    pairs = TensorDataset(part.images, part.labels)
+    batches = [(part.images[rows], part.labels[rows]) for rows in torch.arange(48).split(16)]
+    loaders = {
+        "shuffled": DataLoader(pairs, batch_size=16, shuffle=True),
+        "own order": DataLoader(pairs, batch_sampler=[[1, 2], [3, 4]]),
+        "in order": DataLoader(pairs, batch_size=16),
+        "a list": batches,
+        "numbered": Numbered(part),
+        "unknown": (batch for batch in batches),
+    }
+    networks = [overproof.create_model("cnn", 10, 1, 8) for _ in range(2)]
+    remembering, forgetting = (METHODS.create(name, *networks, image_shape=(1, 8, 8)) for name in ("crd", "fitnet"))
+    for name, loader in loaders.items():
+        check_numbers(forgetting, loader)
+        if name in ("shuffled", "own order", "unknown"):
+            with pytest.raises(UsageError, match="Hand over the Dataset itself"):
+                check_numbers(remembering, loader)
+        else:
+            check_numbers(remembering, loader)
+    with pytest.raises(UsageError, match="remembers each image by its number"):
+        overproof.distill(*networks, loaders["shuffled"], method="crd", epochs=1, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -547,3 +547,12 @@ def test_many_classes_are_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
     fisher.lambda_max(mlp(), some(2))
     assert len(seen) == 1
     torch.testing.assert_close(found, fisher.spectrum(model, some(2))[:, 0], rtol=1e-3, atol=0)
+
+
+def test_a_model_in_train_mode_is_refused_untouched() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for measure in (fisher.trace, fisher.lambda_max, fisher.leading, fisher.spectrum):
+        with pytest.raises(UsageError, match="statistics of the batch"):
+            measure(model, torch.rand(3, 1, 4, 4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -51,11 +51,12 @@ SHARED = {
     "objective",
     "robust_distiller",
     "introspective",
+    "shared_forward",
     "feature_objective",
     "feature_probe",
     "feature_adapters",
     "feature_parts",
-    "crd_bank",
+    "feature_bank",
 }
 
 

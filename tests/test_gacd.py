@@ -19,7 +19,7 @@ from overproof.features import Tap
 from overproof.losses.contrast import candidates_in, info_nce, noise_contrast, weighted
 from overproof.losses.decoupled import rest_divergence, target_divergence
 from overproof.methods.composed import Composed
-from overproof.methods.crd_bank import UNKNOWN, Bank, draw, log_mean
+from overproof.methods.feature_bank import UNKNOWN, Bank, draw, log_mean
 from overproof.methods.gacd import GACD
 from overproof.testing import check_method, small_batch, small_model
 from overproof.types import Batch, Progress

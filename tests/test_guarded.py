@@ -13,19 +13,28 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from overproof import PGD, Cache, Guarded, ImageSet, evaluate, evaluate_guarded, load_guarded, predict
 from overproof.attacks.folding import Folded, folded
 from overproof.attacks.randomness import Streams, normal
 from overproof.cli import call
-from overproof.data.pictures import find_pictures, read_picture, read_pictures
+from overproof.data import Splits
+from overproof.data.decoding import decode
+from overproof.data.pictures import find_pictures, read_pictures
+from overproof.data.splits import stratified_subset
+from overproof.data.streams import StreamSet
 from overproof.errors import DataError, FolderError, UsageError
+from overproof.evaluation.evaluator import make_attacks
 from overproof.guards import GUARDS, Guard, Judgement, load_guards, save_guard
 from overproof.guards.base import Place
+from overproof.guards.cache_tuning import THETAS
+from overproof.guards.detector import Detector
 from overproof.guards.storage import load_guard
 from overproof.models import create_model
 from overproof.networks import digest
-from overproof.run.guarding import fit_guards
+from overproof.run.guard_evaluation import _Beside, _search
+from overproof.run.guarding import _fit_cache, fit_guards
 from overproof.testing import check_guard, small_batch, small_model
 
 
@@ -341,45 +350,47 @@ def gradient(mode: str = "RGB", size: tuple[int, int] = (12, 8)) -> Image.Image:
     return Image.fromarray(np.stack([down, across, across], axis=2).astype(np.uint8)).convert(mode)
 
 
+def pixels(path: Path, channels: int, side: int) -> torch.Tensor:
+    return torch.from_numpy(decode(path, channels=channels, image_size=side).copy())
+
+
 def test_pictures_of_any_mode_become_the_same_picture(tmp_path: Path) -> None:
     plain = gradient("L", (8, 8))
     plain.save(tmp_path / "a.png")
     expected = torch.from_numpy(np.array(plain))[None]
-    assert torch.equal(read_picture(tmp_path / "a.png", channels=1, side=8), expected)
-    assert torch.equal(read_picture(tmp_path / "a.png", channels=3, side=8), expected.expand(3, -1, -1))
+    assert torch.equal(pixels(tmp_path / "a.png", 1, 8), expected)
+    assert torch.equal(pixels(tmp_path / "a.png", 3, 8), expected.expand(3, -1, -1))
     for mode, name in (("RGB", "b.png"), ("P", "c.gif"), ("LA", "d.png"), ("RGBA", "e.png"), ("CMYK", "f.tif"), ("1", "g.png")):
         plain.convert(mode).save(tmp_path / name)
-        found = read_picture(tmp_path / name, channels=1, side=8).float()
+        found = pixels(tmp_path / name, 1, 8).float()
         assert found.shape == (1, 8, 8)
         if mode != "1":
             assert float((found - expected).abs().max()) <= 2, mode
     sixteen = Image.fromarray(np.array(plain).astype(np.uint16) * 257)
     sixteen.save(tmp_path / "h.png")
-    assert torch.equal(read_picture(tmp_path / "h.png", channels=1, side=8), expected)
-    assert torch.equal(read_picture(tmp_path / "h.png", channels=3, side=8), expected.expand(3, -1, -1))
+    assert torch.equal(pixels(tmp_path / "h.png", 1, 8), expected)
+    assert torch.equal(pixels(tmp_path / "h.png", 3, 8), expected.expand(3, -1, -1))
 
 
 def test_transparency_lies_on_white_and_exif_is_followed(tmp_path: Path) -> None:
     picture = gradient("RGBA", (4, 4))
     picture.putalpha(0)
     picture.save(tmp_path / "clear.png")
-    assert bool((read_picture(tmp_path / "clear.png", channels=3, side=4) == 255).all())
+    assert bool((pixels(tmp_path / "clear.png", 3, 4) == 255).all())
     palette = gradient("P", (4, 4))
     palette.putpixel((0, 0), 5)
     palette.save(tmp_path / "palette.png", transparency=5)
-    assert read_picture(tmp_path / "palette.png", channels=3, side=4)[:, 0, 0].tolist() == [255, 255, 255]
+    assert pixels(tmp_path / "palette.png", 3, 4)[:, 0, 0].tolist() == [255, 255, 255]
     upright = gradient("RGB", (8, 8))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
     upright.rotate(90).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(
-        read_picture(tmp_path / "turned.png", channels=3, side=8), torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-    )
+    assert torch.equal(pixels(tmp_path / "turned.png", 3, 8), torch.from_numpy(np.array(upright)).permute(2, 0, 1))
 
 
 def test_pictures_of_any_size_are_squared_and_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     gradient(size=(31, 17)).save(tmp_path / "wide.jpg")
-    assert read_picture(tmp_path / "wide.jpg", channels=3, side=8).shape == (3, 8, 8)
+    assert pixels(tmp_path / "wide.jpg", 3, 8).shape == (3, 8, 8)
     Image.fromarray(np.random.default_rng(0).random((5, 5)).astype(np.float32)).save(tmp_path / "real.tif")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "broken.png").write_bytes(b"no image at all")
@@ -522,6 +533,8 @@ def test_cache_and_detector_together(run: Path, tmp_path: Path, capsys: pytest.C
     rows = predict(net, [_written(tmp_path)], guarded=True)
     assert rows[0].verdict in ("accepted", "rejected")
     assert rows[0].score == predict(net, [_written(tmp_path)], guarded=True)[0].score
+    gradient("L", (30, 20)).save(tmp_path / "another.png")
+    assert rows[0].score == predict(net, [tmp_path / "another.png", _written(tmp_path)], guarded=True)[1].score
 
 
 def _written(folder: Path) -> Path:
@@ -540,9 +553,9 @@ def test_predicting_image_files(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert [Path(row.file).name for row in rows] == ["0.png", "1.png", "2.png", "broken.png"]
     guarded = load_guarded(run)
     for row in rows[:3]:
-        pixels = read_picture(Path(row.file), channels=1, side=8)
+        image = pixels(Path(row.file), 1, 8)
         with torch.no_grad():
-            verdict = guarded(pixels[None].float() / 255)
+            verdict = guarded(image[None].float() / 255)
         assert row.label == str(int(verdict.probabilities.argmax()))
         assert row.probability == pytest.approx(float(verdict.probabilities.max()), abs=1e-4)
         assert (row.score, row.verdict, row.problem) == (0.0, "accepted", None)
@@ -584,3 +597,93 @@ def test_listing_and_showing_guards(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "theta = 80.0" in text
     assert "Orhan" in text
+
+
+# What is measured is what is deployed.
+
+
+class Watched(Detector):
+    """A detector that remembers what it was shown."""
+
+    def forward(self, model: nn.Module, images: Tensor, streams: Streams | None = None) -> Judgement:
+        self.shown = images.detach().clone()
+        return super().forward(model, images, streams)
+
+
+def test_the_detector_is_shown_what_the_purifier_leaves() -> None:
+    model, images, labels = setting()
+    purifier = Dim().fit(model, images, labels)
+    detector = Watched(fpr=0.3, criteria=("noise",)).fit(model, images.repeat(4, 1, 1, 1), labels.repeat(4))
+    guarded = Guarded(model, purifier=purifier, detector=detector)
+    streams = Streams.named(torch.arange(len(images)), 0)
+    deployed = guarded(images, streams)
+    shown = detector.shown
+    judge = _Beside(guarded, detector)
+    measured = judge(guarded.logits_model(), images, Streams.named(torch.arange(len(images)), 0))
+    assert torch.equal(shown, deployed.parts["purified"])
+    assert not torch.equal(shown, images)
+    assert torch.equal(measured.score, deployed.score)
+    assert torch.equal(measured.rejected, deployed.rejected)
+
+
+def test_a_detector_of_another_kind_is_refused_before_any_attack() -> None:
+    model, images, labels = setting()
+    guarded = Guarded(model, detector=Bright().fit(model, images, labels))
+    with pytest.raises(UsageError, match="detector Bright"):
+        evaluate_guarded(guarded, (images.float(), labels), attacks=["no such attack"])
+
+
+@pytest.mark.parametrize("kind", ["images", "loader"])
+def test_images_of_the_cache_are_refused_however_they_come(kind: str) -> None:
+    model, images, labels = small_model().eval(), small_batch(40).images, small_batch(40).labels
+    guarded = Guarded(model, cache=Cache(layers=("2",)).fit(model, images, labels))
+    data = (images, labels) if kind == "images" else [(images[:20], labels[:20]), (images[20:], labels[20:])]
+    with pytest.raises(UsageError, match="40 of these 40 images are in the cache"):
+        evaluate_guarded(guarded, data)
+
+
+def test_the_search_has_the_threat_of_the_attack_around_it() -> None:
+    worst = make_attacks({"worst": {"attack": "eot", "inner": PGD(eps=0.05, norm="L2"), "samples": 2}})["worst"]
+    found = _search(worst, None)
+    assert (found.threat.eps, type(found.threat).__name__) == (0.05, "L2")
+
+
+# Sets that are read as they are needed.
+
+
+def streamed(digits: Splits, count: int = 60) -> Splits:
+    parts = {name: getattr(digits, name) for name in ("train", "validation", "test")}
+    sets = {
+        name: StreamSet(TensorDataset(part.images[:count], part.labels[:count]), labels=part.labels[:count], classes=10)
+        for name, part in parts.items()
+    }
+    return Splits(**sets)
+
+
+def test_a_limit_holds_for_streamed_sets(digits: Splits) -> None:
+    splits = streamed(digits, 300)
+    model = create_model("cnn", 10, 1, 8).eval()
+    cache = Cache(limit=50, mirror=False)
+    _fit_cache(cache, model, splits, tune=False, given={})
+    assert len(cache) == 50
+    source = cache.items.source
+    assert torch.equal(source.sort().values, stratified_subset(splits.train.labels, 50, cache.seed))
+    with pytest.raises(UsageError, match="cache.limit"):
+        _fit_cache(Cache(centres=2), model, splits, tune=False, given={})
+
+
+def test_what_was_given_is_not_tuned(digits: Splits) -> None:
+    model, chosen = create_model("cnn", 10, 1, 8).eval(), {}
+    for given in ({}, {"theta": 33.0}, {"lam": 0.35}, {"theta": 33.0, "lam": 0.35}):
+        cache = Cache(mirror=False, **given)
+        _fit_cache(cache, model, streamed(digits), tune=True, given=given)
+        chosen = {name: getattr(cache, name) for name in given}
+        assert chosen == given
+        assert cache.theta in ({33.0} if "theta" in given else set(THETAS))
+
+
+def test_weights_cannot_be_chosen_behind_guards(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["evaluate", str(run), "--guarded", "--which", "last"]) == 2
+    assert "--which" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="guards belong to the weights"):
+        predict(run, [_written(tmp_path)], guarded=True, which="last")

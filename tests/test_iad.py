@@ -658,3 +658,16 @@ def test_the_teacher_gets_less_reliable_as_the_student_grows(teachers: dict[str,
     )
     assert sure[0] > sure[-1] + 0.08
     assert doubtful[0] < doubtful[-1] - 0.1
+
+
+def test_a_teacher_that_is_never_doubted_is_told() -> None:
+    networks = (small_model(0), small_model(1).eval())
+    late = IAD1(*networks, **ATTACK)
+    late(small_batch(4), Progress(epochs=10))
+    (told,) = late.concerns({}).values()
+    assert "from epoch 60 on, but there are 10" in told
+    assert "method.begin, to 3" in told
+    for options, epochs in (({"begin": 9}, 10), ({}, 61), ({"beta": 0.0}, 10)):
+        method = IAD1(*networks, **options, **ATTACK)
+        method(small_batch(4), Progress(epochs=epochs))
+        assert method.concerns({}) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +188,33 @@ def test_label_smoothing_formula() -> None:
     ours = CE(student, label_smoothing=0.2)(batch, NOW).losses["ce"]
     torch.testing.assert_close(ours, F.cross_entropy(student(batch.images), batch.labels, label_smoothing=0.2))
     assert cross_entropy(student(batch.images), batch.labels).shape == (len(batch),)
+
+
+def test_the_parts_of_a_sum_log_and_warn() -> None:
+    networks = small_model(0), small_model(1).eval()
+    options = {"iad-1": {"begin": 60, "eps": 0.1, "steps": 1}}
+    method = METHODS.create("composed", *networks, methods=("kd", "iad-1"), options=options)
+    output = method(small_batch(6), Progress(epochs=10))
+    alone = METHODS.create("iad-1", *networks, **options["iad-1"])(small_batch(6), Progress(epochs=10))
+    assert set(alone.logs) <= set(output.logs)
+    assert set(method.concerns({})) == {"begin"}
+    assert method.validation_attack.eps == 0.1
+    plugged = METHODS.create("sokd", *(small_model(seed) for seed in (0, 1)), base="pgd-at", areas=2, base_options={"eps": 0.2})
+    assert plugged.validation_attack.eps == 0.2
+
+
+def test_methods_know_whether_answers_are_trained() -> None:
+    networks = small_model(0), small_model(1).eval()
+    cases: list[tuple[str, dict[str, Any], bool]] = [
+        ("kd", {}, True),
+        ("fitnet", {}, True),
+        ("fitnet", {"ce_weight": 0.0}, False),
+        ("dkd", {"ce_weight": 0.0}, True),
+        ("gacd", {"ce_weight": 0.0}, False),
+        ("gacd", {}, True),
+        ("composed", {"methods": ("kd", "fitnet"), "ce_weight": 0.0}, True),
+        ("composed", {"methods": ("fitnet",), "ce_weight": 0.0}, False),
+        ("sokd", {"areas": 2, "ce_weight": 0.0}, False),
+    ]
+    for name, options, expected in cases:
+        assert METHODS.create(name, *networks, **options).answers is expected, (name, options)

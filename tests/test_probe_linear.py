@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,16 @@ def test_what_a_probe_takes_over(robust: Path) -> None:
     assert table["data"]["limit_train"] == 120
     assert set(table["evaluation"]["attacks"]) == {"pgd-20"}
     assert probe_table(robust, data="mnist")["data"] == {"name": "mnist"}
+
+
+def test_options_that_mean_something_else_are_not_taken_over(robust: Path, tmp_path: Path) -> None:
+    place = tmp_path / "bss"
+    shutil.copytree(robust, place)
+    text = (place / "config.toml").read_text()
+    start = text.index("[method]")
+    end = text.find("\n[", start + 1)
+    (place / "config.toml").write_text(text[:start] + '[method]\nname = "bss"\nsteps = 10\n' + (text[end:] if end > 0 else ""))
+    assert probe_table(place)["method"] == {"name": "linear-probe"}
 
 
 def test_options_of_the_verb(robust: Path) -> None:

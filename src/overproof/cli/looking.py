@@ -106,7 +106,11 @@ def evaluate(
     with processes(devices_of(devices)):
         if guarded:
             result = _behind_guards(
-                run, options, name, trust, others=bool(curve or teacher or transfer_from or fisher or devices)
+                run,
+                options,
+                name,
+                trust,
+                others=bool(curve or teacher or transfer_from or fisher or devices or which != "best"),
             )
         elif run is not None:
             result = evaluate_run(run, which=which, name=name, trusted=trust, **options)
@@ -121,8 +125,8 @@ def evaluate(
 def _behind_guards(run: Path | None, options: dict[str, Any], name: str | None, trust: bool, *, others: bool) -> Any:
     if run is None or others:
         raise UsageError(
-            "--guarded needs a run folder with guards, and knows neither --curve, --teacher, --transfer-from, --fisher nor --devices: "
-            "every attack is made through the guards and on the bare model anyway."
+            "--guarded needs a run folder with guards, and knows neither --which, --curve, --teacher, --transfer-from, --fisher nor --devices: "
+            "guards belong to the weights that they were fitted for, and every attack is made through the guards and on the bare model anyway."
         )
     from overproof.run.guard_evaluation import evaluate_guarded_run
 

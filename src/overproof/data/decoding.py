@@ -26,6 +26,7 @@ _CHUNK = 256
 _SMALL = 16 * 1024  # bytes
 _PROBE = 100  # images looked at to tell grey from colour in a set too large to read first
 _GREY = ("1", "L", "LA", "La")
+_TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
 Channels = Literal[1, 3]
 OnError = Literal["raise", "skip"]
@@ -63,22 +64,47 @@ class Decoding:
 
 
 def decode(payload: bytes | Path, *, channels: int | None = None, image_size: int | None = None) -> np.ndarray:
-    """One image as uint8 (C, H, W); C as in the image if `channels` is None. 16-bit grey keeps its upper eight bits."""
-    from PIL import Image
+    """One encoded image, of any mode and size, as uint8 (C, H, W).
+
+    In this order: turned as its EXIF orientation says; of several frames the first; 16-bit pixels keep their upper eight bits;
+    palettes, CMYK and the like become colours; what is transparent lies on white; grey or colour as wanted; resized (bilinear,
+    antialiased) to a square without keeping the aspect ratio.
+
+    Args:
+        payload: the bytes, or the file.
+        channels: 1 for grey, 3 for colour; as in the image if None.
+        image_size: side in pixels; as in the image if None.
+
+    Raises:
+        ValueError, OSError: no image, or pixels whose range is unknown (floating point, 32-bit integers).
+    """
+    from PIL import Image, ImageOps
 
     with Image.open(BytesIO(payload) if isinstance(payload, bytes) else payload) as opened:
-        picture: Any = opened
-        if picture.mode.startswith("I;16"):  # convert("L") would cut off at 255
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        if picture.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {picture.mode!r} have no known range")
+        kind = opened.format
+        ImageOps.exif_transpose(opened, in_place=True)
+        picture: Any = _eight_bit(opened, kind)
         grey = channels == 1 if channels else picture.mode in _GREY
+        if picture.mode in _TRANSPARENT or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
         mode = "L" if grey else "RGB"
         picture = picture if picture.mode == mode else picture.convert(mode)
         if image_size and picture.size != (image_size, image_size):
             picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
         array = np.asarray(picture)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _eight_bit(picture: Any, kind: str | None) -> Any:
+    from PIL import Image
+
+    # Conversion would cut off at 255. Older versions of the library read 16-bit PNG as 32-bit integers.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and kind == "PNG"):
+        return Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {picture.mode!r} have no known range; save it with 8 or 16 bits")
+    return picture
 
 
 class DecodedDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from overproof.data.order import generator_for
 from overproof.data.pixels import check_images, check_labels, to_float
@@ -56,6 +57,16 @@ class IterableLoader:
         self.data, self.device, self.augment, self.seed = data, torch.device(device), augment, seed
         self.classes = classes if isinstance(classes, int) or classes is None else len(tuple(classes))
         self.rank, self.world_size = rank, world_size
+
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether an image has the same `index` in every pass: its order is known not to change, or batches bring their own."""
+        data = self.data
+        if isinstance(data, DataLoader):
+            fixed = type(data.batch_sampler) is BatchSampler and isinstance(data.sampler, SequentialSampler)
+        else:
+            fixed = isinstance(data, Sequence)
+        return fixed or isinstance(next(iter(data), None), Batch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one pass, without the first `start`; `epoch` only seeds the augmentation."""

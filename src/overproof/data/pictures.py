@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from overproof.data.decoding import decode
 from overproof.data.folders import EXTENSIONS
 from overproof.errors import DataError
 
@@ -47,7 +46,7 @@ def find_pictures(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def read_pictures(paths: Iterable[Path], *, channels: int, side: int) -> Iterator[Picture]:
-    """Each file as one picture, in order; what cannot be read comes with its reason.
+    """Each file as one picture, decoded as for training, in order; what cannot be read comes with its reason.
 
     Args:
         paths: image files.
@@ -56,42 +55,6 @@ def read_pictures(paths: Iterable[Path], *, channels: int, side: int) -> Iterato
     """
     for path in paths:
         try:
-            yield Picture(path, read_picture(path, channels=channels, side=side))
+            yield Picture(path, torch.from_numpy(decode(path, channels=channels, image_size=side).copy()))
         except Exception as error:  # decoders raise whatever broken bytes provoke
             yield Picture(path, None, f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
-
-
-def read_picture(path: Path, *, channels: int, side: int) -> Tensor:
-    """One image file as uint8 (C, side, side).
-
-    In this order: turned as its EXIF orientation says; of several frames the first; 16-bit pixels keep their upper eight bits;
-    palettes, CMYK and the like become colours; what is transparent lies on white; grey or colour as wanted; resized (bilinear,
-    antialiased) to a square without keeping the aspect ratio, as the images of a folder are for training.
-
-    Raises:
-        ValueError, OSError: no image, or pixels whose range is unknown (floating point, 32-bit integers).
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as opened:
-        picture: Any = _eight_bit(ImageOps.exif_transpose(opened), opened.format)
-    if picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
-    picture = picture.convert("L" if channels == 1 else "RGB")
-    if picture.size != (side, side):
-        picture = picture.resize((side, side), Image.Resampling.BILINEAR)
-    array = np.array(picture)
-    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
-
-
-def _eight_bit(picture: Any, kind: str | None) -> Any:
-    from PIL import Image
-
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode == "I" and kind == "PNG":  # older versions read 16-bit PNG like this
-        return Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {picture.mode!r} have no known range; save it with 8 or 16 bits")
-    return picture

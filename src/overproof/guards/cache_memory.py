@@ -127,13 +127,17 @@ class CacheMemory(Guard):
         Raises:
             UsageError: the cache holds them.
         """
+        return self.check_marks(fingerprints(images), index)
+
+    def check_marks(self, marks: Tensor, index: Tensor | None = None) -> int:
+        """The same of images that are not at hand together, by their `fingerprints` (N,)."""
         self.require_fitted()
-        seen = torch.isin(fingerprints(images).cpu(), self.marks.cpu())
+        seen = torch.isin(marks.cpu(), self.marks.cpu())
         known = torch.zeros_like(seen) if index is None else torch.isin(index.cpu(), self.items.source.cpu())
         same = int((seen | known).sum())
-        if bool(known.any()) or same > SAME * len(images):
+        if bool(known.any()) or same > SAME * len(marks):
             raise UsageError(
-                f"{same} of these {len(images)} images are in the cache, which knows their labels: no figure measured on them "
+                f"{same} of these {len(marks)} images are in the cache, which knows their labels: no figure measured on them "
                 "says anything. Use images that the cache was not fitted on."
             )
         return same

@@ -124,6 +124,7 @@ def _parts(model: nn.Module, images: Tensor) -> list[Tensor]:
     """The images in parts whose Jacobians find room."""
     if not len(images):
         return [images]
+    refuse_mixing(model)  # before anything is run, which would move its statistics
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
     return list(torch.split(images, max(ROOM // (classes * images[0].numel()), 1)))

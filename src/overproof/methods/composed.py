@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from overproof.errors import UsageError
-from overproof.methods.feature_objective import Seen
 from overproof.methods.feature_parts import Compound, make_part
 from overproof.methods.feature_probe import ImageShape
-from overproof.methods.objective import RobustObjective
+from overproof.methods.shared_forward import Seen
 from overproof.types import Batch, Progress
 
 
@@ -67,17 +66,6 @@ class Composed(Compound):
             for term, value in part.terms(seen, batch, progress).items():  # type: ignore[operator]
                 found[term if term.startswith(name) else f"{name}-{term}"] = weight * value
         return found
-
-    def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
-        """Those of all parts."""
-        inner: list[Any] = [getattr(part, "inner", part) for part in self.parts]
-        return {name: text for part in inner for name, text in part.concerns(means).items()}
-
-    @property
-    def validation_attack(self) -> Any:
-        """The first attack under which a part is watched."""
-        inner = [getattr(part, "inner", part) for part in self.parts]
-        return next((part.validation_attack for part in inner if isinstance(part, RobustObjective)), None)
 
 
 def _checked_options(

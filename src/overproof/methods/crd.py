@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from overproof.errors import UsageError
 from overproof.losses.contrast import candidates_in, info_nce, noise_contrast
 from overproof.losses.feature_distances import wide
-from overproof.methods.crd_bank import Bank, log_mean
+from overproof.methods.feature_bank import Bank, log_mean
 from overproof.methods.feature_objective import FeatureObjective, View, hard_labels
 from overproof.methods.feature_probe import ImageShape
 from overproof.types import Batch, Progress
@@ -48,7 +48,8 @@ class CRD(FeatureObjective):
 
     Reference: Tian, Krishnan, Isola, ICLR 2020, arXiv 1910.10699.
 
-    Differences from the paper: negatives are drawn with replacement, at most M. Scores are matrix products with the whole bank,
+    Differences from the paper: negatives are drawn with replacement, at most M, among rows that an image
+    has filled. Scores are matrix products with the whole bank,
     of which the drawn ones are picked: the same estimator without gathering m rows for each image.
     """
 
@@ -112,7 +113,7 @@ class CRD(FeatureObjective):
             drawn, keep = bank.draw_others(labels, min(self.negatives, len(bank))), None
             count = torch.full((len(labels),), drawn.shape[1], device=labels.device)
         else:
-            drawn, keep = None, bank.labels != labels[:, None]
+            drawn, keep = None, bank.others(index, labels)
             count = keep.sum(dim=1).clamp_min(1)
         log_noise = count.to(ours.dtype).log() - math.log(len(bank))
         scores = [vectors @ rows.T / self.temperature for vectors, rows in ((ours, bank.teacher), (theirs, bank.student))]

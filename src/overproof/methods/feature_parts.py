@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from overproof.errors import UsageError
 from overproof.methods import METHODS
-from overproof.methods.feature_objective import FeatureObjective, SharedForward, View
+from overproof.methods.feature_objective import FeatureObjective, View
 from overproof.methods.feature_probe import ImageShape
-from overproof.methods.objective import Objective
-from overproof.types import Batch, Progress
+from overproof.methods.objective import Objective, RobustObjective
+from overproof.methods.shared_forward import SharedForward
+from overproof.types import Batch, Output, Progress
 
 CE = "ce"
 
@@ -62,6 +63,7 @@ class Whole(FeatureObjective):
         if wanted > len(self.echoes):
             raise UsageError(f"The method {name!r} learns from two teachers and cannot be part of another one.")
         self.inner: Objective = METHODS.create(name, *self.echoes[:wanted], **options)
+        self._logs: dict[str, Tensor] = {}
         if self.inner.phases != ("train",):
             raise UsageError(f"The method {name!r} trains in the phases {self.inner.phases} and cannot be part of another one.")
 
@@ -70,11 +72,16 @@ class Whole(FeatureObjective):
         for echo, logits in zip(self.echoes, (view.logits, view.teacher_logits), strict=True):
             echo.remember(batch.images, logits)  # type: ignore[operator]
         try:
-            losses: dict[str, Tensor] = self.inner(batch, progress).losses
+            output: Output = self.inner(batch, progress)
         finally:
             for echo in self.echoes:
                 echo.forget()  # type: ignore[operator]
-        return {name: value for name, value in losses.items() if name != CE}
+        self._logs = dict(output.logs or {})
+        return {name: value for name, value in output.losses.items() if name != CE}
+
+    def told(self) -> dict[str, Tensor]:
+        """What the method logs."""
+        return self._logs
 
 
 def make_part(
@@ -107,6 +114,30 @@ def make_part(
 
 class Compound(SharedForward):
     """A method that consists of others, which share its networks; checkpoints hold the student once and the teacher never."""
+
+    parts: nn.ModuleList
+
+    def told(self) -> dict[str, Tensor]:
+        """The logs of all parts; of two of the same name the first."""
+        return {name: value for part in reversed(self.parts) for name, value in part.told().items()}  # type: ignore[operator]
+
+    def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
+        """Those of all parts."""
+        return {name: text for part in self._inner() for name, text in part.concerns(means).items()}
+
+    @property
+    def answers(self) -> bool:
+        """Whether there are labels to answer, or a part that compares answers."""
+        return self.ce_weight > 0 or any(not part.places for part in self.parts)
+
+    @property
+    def validation_attack(self) -> Any:
+        """The first attack under which a part is watched."""
+        return next((part.validation_attack for part in self._inner() if isinstance(part, RobustObjective)), None)
+
+    def _inner(self) -> list[Any]:
+        """The methods, without what makes parts of them."""
+        return [getattr(part, "inner", part) for part in self.parts]
 
     def trained_state(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold: the student, and what the parts own beside the two networks."""

@@ -85,6 +85,7 @@ def preact_layers(model: nn.Module, images: Tensor) -> tuple[str, ...]:
 def pooled_map(model: nn.Module, images: Tensor) -> str | None:
     """Name of the map whose average over its places is the penultimate vector; None where there is none."""
     with in_mode(model), torch.no_grad():
+        images = images.to(device_of(model))
         vector = Tap(model, [penultimate(model)])(images)[1][penultimate(model)]
 
     def pools_to_vector(out: Tensor) -> bool:

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from overproof.methods.feature_bank import everyones
+
 
 class ClassVectors(nn.Module):
     """A vector for each image by its index, zero until it is known; as many rows and columns as were needed so far.
 
     Vectors over the classes (K numbers) stay meaningful when the image is shifted or flipped by augmentation, which vectors of its
-    pixels would not. Of several processes each remembers the images it has met.
+    pixels would not. Several processes share what they know.
     """
 
+    by_index = True  # so an image must keep its number
     rows: Tensor
 
     def __init__(self) -> None:
@@ -25,14 +28,14 @@ class ClassVectors(nn.Module):
         """What is known of the images `index` (N,): (N, K), or None before anything is."""
         if not self.rows.numel():
             return None
-        self._grow(int(index.max()) + 1, self.rows.shape[1])
-        return self.rows[index]
+        return self.rows[index.clamp_max(len(self.rows) - 1)] * (index < len(self.rows))[:, None]
 
     @torch.no_grad()
     def remember(self, index: Tensor, vectors: Tensor) -> None:
-        """Keep `vectors` (N, K) of the images `index` (N,)."""
+        """Keep `vectors` (N, K) of the images `index` (N,); of all processes, if there are several."""
+        index, vectors = everyones(index), everyones(vectors.detach())
         self._grow(int(index.max()) + 1, vectors.shape[1])
-        self.rows[index] = vectors.detach().to(self.rows)
+        self.rows[index] = vectors.to(self.rows)
 
     def _grow(self, rows: int, columns: int) -> None:
         if rows > len(self.rows) or columns > self.rows.shape[1]:

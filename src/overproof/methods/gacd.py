@@ -16,10 +16,11 @@ from overproof.losses.contrast import weighted
 from overproof.losses.divergences import cross_entropy
 from overproof.losses.feature_distances import wide
 from overproof.losses.reliability import trust
-from overproof.methods.feature_objective import FeatureObjective, Lesson, View, hard_labels, shaped
+from overproof.methods.feature_objective import FeatureObjective, View, hard_labels, shaped
 from overproof.methods.feature_probe import ImageShape
 from overproof.methods.gacd_contrast import Contrast, Negatives
 from overproof.methods.objective import AttackMode, RobustObjective
+from overproof.methods.shared_forward import Lesson
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 
@@ -110,6 +111,7 @@ class GACD(RobustObjective, FeatureObjective):
                 f"not {weight}, {ce_weight}, {head_share}."
             )
         self.weight, self.ce_weight, self.head_share, self.image_shape = weight, ce_weight, head_share, image_shape
+        self._logs: dict[str, Tensor] = {}
         self.anchor, self.pairs, self.labels_on = anchor, pairs, labels_on
         self.sample_weight, self.weight_on, self.normalise_weight = sample_weight, weight_on, normalise_weight
         self.needs_same_classes = sample_weight != "none"
@@ -173,7 +175,12 @@ class GACD(RobustObjective, FeatureObjective):
             lessons["adv"] = self.teach(hard)
         features: dict[Source, Tensor] = {"clean": view.features[0]}
         features["adv"] = self.view(self.look(hard, lessons["clean"])).features[0]
-        return self._guided(features, lessons, batch)[0]
+        losses, self._logs = self._guided(features, lessons, batch)
+        return losses
+
+    def told(self) -> dict[str, Tensor]:
+        """What there is to log about the terms that were made last."""
+        return self._logs
 
     def _harden(self, batch: Batch) -> Batch:
         return replace(batch, images=self.against_labels(batch))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from overproof.errors import UsageError
 from overproof.losses.contrast import candidates_in, info_nce, noise_contrast
 from overproof.losses.feature_distances import wide
-from overproof.methods.crd_bank import Bank, draw, log_mean
+from overproof.methods.feature_bank import Bank, draw, log_mean
 
 Negatives = int | Literal["batch", "all"]
 MOMENTUM = 0.5  # of the student's rows, as in contrastive representation distillation

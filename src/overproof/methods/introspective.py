@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -67,6 +68,7 @@ class Introspective(RobustDistiller):
             raise UsageError(f"{name}: needs temperature > 0 and kd_weight in [0, 1], not {temperature} and {kd_weight}.")
         self.beta, self.begin, self.kd_weight, self.temperature = beta, begin, kd_weight, temperature
         self.detach_self, self.weight_teacher, self.hard_cases = detach_self, weight_teacher, hard_cases
+        self._epochs = 0
 
     def doubting(self, progress: Progress) -> bool:
         """Whether alpha may differ from 1."""
@@ -74,9 +76,20 @@ class Introspective(RobustDistiller):
 
     def trusted(self, progress: Progress, labels: Tensor, attacked: Tensor | None, clean: Tensor | None) -> Tensor | None:
         """alpha (N,) from the teacher's logits; None while it is not doubted."""
+        self._epochs = progress.epochs
         if attacked is None or not self.doubting(progress):
             return None
         return trust(attacked, labels, beta=self.beta, clean=clean if self.hard_cases else None)
+
+    def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
+        """That the teacher is never doubted, because the training ends before that."""
+        found = super().concerns(means)
+        if (self.beta > 0 or self.hard_cases) and 0 < self._epochs <= self.begin:
+            found["begin"] = (
+                f"The teacher is doubted from epoch {self.begin} on, but there are {self._epochs}: it is trusted throughout. "
+                f"Set method.begin, to {self._epochs * 3 // 10} say."
+            )
+        return found
 
     def guidance(self, gap: Tensor, alpha: Tensor | None) -> Tensor:
         """The teacher's term (N,): the divergence `gap`, weighted if that is wanted."""

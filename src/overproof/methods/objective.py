@@ -89,6 +89,11 @@ class Objective(nn.Module, ABC):
         frozen = {k: v for k, v in self.state_dict().items() if k.startswith("teacher.")}
         self.load_state_dict({**frozen, **state})
 
+    @property
+    def answers(self) -> bool:
+        """Whether the student's answers are trained, and not its features alone: then its accuracy says nothing."""
+        return True
+
     def describe(self) -> dict[str, Any]:
         """What it has learned beside the student, in plain values: kept in the run, and told by `overproof show`."""
         return {}

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from overproof.errors import UsageError
 from overproof.features import penultimate
-from overproof.methods.feature_objective import FeatureObjective, Seen
+from overproof.methods.feature_objective import FeatureObjective
 from overproof.methods.feature_parts import Compound, make_part
 from overproof.methods.feature_probe import ImageShape, pooled_map
+from overproof.methods.shared_forward import Seen
 from overproof.methods.sokd_areas import AreaHead, Overlap, box_shares, cell_weights, count_boxes, enough_cells, find_boxes
 from overproof.methods.sokd_policy import NAMES, Policy
 from overproof.methods.sokd_search import Parameters, called_with, consistency, first_order, unrolled
@@ -160,7 +161,7 @@ class SoKD(Compound):
             self._step = None
         if gradients is not None:
             self.policy.update(gradients)
-        return Output(losses, seen.logits, {**self._logs, **(self.policy.figures() if searching else {})})
+        return Output(losses, seen.logits, {**self.told(), **self._logs, **(self.policy.figures() if searching else {})})
 
     def terms(self, seen: Seen, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The base method's terms on refined features, and the head's."""
@@ -190,7 +191,8 @@ class SoKD(Compound):
         if self.head is None:
             return None, {}
         enough_cells(self.areas, *ours.shape[2:])
-        mine, his = self.head(torch.cat([ours, theirs.to(ours.dtype)])).float().chunk(2)
+        # Apart, so that no gradient is computed for the teacher's map.
+        mine, his = self.head(ours).float(), self.head(theirs.to(ours.dtype)).float()
         with torch.no_grad():
             chance = torch.Generator(mine.device).manual_seed(seed)
             boxes = find_boxes(mine, self.areas, smallest=self.smallest_box, generator=chance)
@@ -203,6 +205,10 @@ class SoKD(Compound):
         if self.student._compiled_call_impl is not None:
             raise UsageError(
                 'sokd: search="unrolled" differentiates twice, which compiled networks cannot: set train.compile=false.'
+            )
+        if torch.is_autocast_enabled(kind := batch.images.device.type) and torch.get_autocast_dtype(kind) == torch.float16:
+            raise UsageError(
+                'sokd: the gradients of search="unrolled" vanish in float16: set train.precision="bf16-mixed", or search="first-order".'
             )
         middle, count = len(batch) // 2, len(batch)
         halves = self.search_images == "halves" and middle > 0

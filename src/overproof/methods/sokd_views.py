@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from overproof.methods.feature_objective import FeatureObjective, Lesson, Seen, View
+from overproof.losses.feature_distances import wide
+from overproof.methods.feature_objective import FeatureObjective, View
 from overproof.methods.feature_probe import as_map, as_vector
+from overproof.methods.shared_forward import Lesson, Seen
 from overproof.methods.sokd_policy import Draw, Policy
 
 
@@ -45,7 +47,8 @@ def refine_all(
 
     def once(name: str, feature: Tensor) -> Tensor:
         if name not in refined:
-            refined[name] = policy.refine(feature, step.draw, step.leaves, search=step.search)
+            # In fp16 the gradients of a mean over a map would vanish, and the policy with them.
+            refined[name] = policy.refine(wide(feature), step.draw, step.leaves, search=step.search)
         return refined[name]
 
     for part, view in zip(parts, views, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from overproof import console
-from overproof.attacks.base import Attack, BudgetAttack
+from overproof.attacks.base import Attack
+from overproof.attacks.pgd import PGD
 from overproof.attacks.randomness import Streams
+from overproof.attacks.threats import L1, L2, Linf
 from overproof.attacks.transfer import Transfer
 from overproof.config import resolve
 from overproof.data import ImageSet, make_loader
+from overproof.errors import UsageError
 from overproof.evaluation.detection import measure_detector, over_steps
 from overproof.evaluation.evaluator import evaluate, images_of, make_attacks
 from overproof.evaluation.records import Evaluation
 from overproof.folder import RunFolder, plain
 from overproof.guards.base import Judgement
+from overproof.guards.cache_keys import fingerprints
 from overproof.guards.cache_memory import CacheMemory
 from overproof.guards.detector import Detector
 from overproof.guards.detector_attacks import SegmentSearch
@@ -59,12 +64,17 @@ def evaluate_guarded(
         right untouched ("without": of the bare model), and the "strongest"; with a detector there is a table "detection" too.
 
     Raises:
-        UsageError: the images are in the cache, or an unknown attack.
+        UsageError: the images are in the cache, an unknown attack, or a detector of another kind than `Detector`.
     """
     made, images = make_attacks(attacks), images_of(data)
     place = torch.device(device) if device is not None else device_of(guarded.model)
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": place}
-    known = _refuse_remembered(guarded, images)
+    if guarded.detector is not None and not isinstance(guarded.detector, Detector):
+        raise UsageError(
+            f"How the detector {type(guarded.detector).__name__} is searched for what it overlooks is not known; measure it with "
+            "overproof.evaluation.detection.measure_detector, or leave it out."
+        )
+    known = _refuse_remembered(guarded, images, batch_size)
     changes = guarded.cache is not None or guarded.purifier is not None
     tried: dict[str, Attack] = dict(made)
     if changes:
@@ -81,11 +91,12 @@ def _places(guarded: Guarded) -> list[str]:
     return [place for place in ("purifier", "cache", "detector") if getattr(guarded, place) is not None]
 
 
-def _refuse_remembered(guarded: Guarded, images: Any) -> int:
+def _refuse_remembered(guarded: Guarded, images: Any, batch_size: int) -> int:
     """How many of the images are in the cache all the same."""
-    if isinstance(guarded.cache, CacheMemory) and isinstance(images, ImageSet):
-        return guarded.cache.check_unseen(images.images)
-    return 0
+    if not isinstance(guarded.cache, CacheMemory):
+        return 0
+    parts = [images.images] if isinstance(images, ImageSet) else (b.images for b in make_loader(images, batch_size).batches(0))
+    return guarded.cache.check_marks(torch.cat([fingerprints(part) for part in parts]))
 
 
 def _table(result: Evaluation, bare: Evaluation, detection: dict[str, Any] | None) -> dict[str, Any]:
@@ -111,18 +122,19 @@ def _table(result: Evaluation, bare: Evaluation, detection: dict[str, Any] | Non
 
 def _search(attack: Attack, judge: _Beside) -> SegmentSearch:
     """The search under the attack's own threat, along the way to a deep image: one that stops at the boundary leads nowhere."""
-    if isinstance(attack, BudgetAttack):
-        return SegmentSearch(detector=judge, eps=attack.eps, norm=attack.norm)
+    threat = attack.threat
+    if isinstance(threat, Linf | L2 | L1) and math.isfinite(threat.eps):
+        return SegmentSearch(detector=judge, eps=threat.eps, norm=type(threat).__name__)  # type: ignore[arg-type]
     return SegmentSearch(inner=attack, detector=judge)
 
 
 class _Beside:
-    """A detector that watches the bare model while somebody else attacks the guarded one."""
+    """A guarded model's detector, looking at what the model is shown, while somebody attacks the guarded model."""
 
-    def __init__(self, detector: Detector, model: nn.Module) -> None:
+    def __init__(self, guarded: Guarded, detector: Detector) -> None:
         # Measured to the end: a detector that stops early leaves scores out.
         self.detector = Detector(**{**detector.options(), "stop_early": False}).restore(detector.state(), detector.facts)
-        self.model = model
+        self.guarded = guarded
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -133,7 +145,9 @@ class _Beside:
         return self.detector.cut
 
     def __call__(self, model: nn.Module, images: Tensor, streams: Streams | None = None) -> Judgement:
-        judged: Judgement = self.detector(self.model, images, streams)
+        streams = Streams.of(streams, images)
+        shown = images if self.guarded.purifier is None else self.guarded.classify(images, streams)[1]
+        judged: Judgement = self.detector(self.guarded.model, shown, streams.fork(1))  # as in `Guarded`
         return judged
 
 
@@ -143,7 +157,7 @@ def _detection(
     assert isinstance(guarded.detector, Detector)
     console.note("judging attacked images with the detector")
     with on_device(guarded, device):
-        judge = _Beside(guarded.detector, guarded.model)
+        judge = _Beside(guarded, guarded.detector)
         batches = list(make_loader(data, batch_size).batches(0))
         images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
         searches: dict[str, SegmentSearch] = {}
@@ -166,11 +180,11 @@ def _detection(
 def _over_steps(
     judge: _Beside, guarded: Guarded, images: Tensor, labels: Tensor, attacks: Mapping[str, Attack], seed: int
 ) -> dict[str, Any]:
-    """The scores as the first attack with an option `steps` goes on, on a few images."""
-    attack: Any = next((attack for attack in attacks.values() if hasattr(attack, "steps")), None)
+    """The scores as the first PGD goes on, on a few images; other attacks go another way if they have fewer steps."""
+    attack = next((attack for attack in attacks.values() if type(attack) is PGD), None)
     if attack is None:
         return {}
-    attack = replace(attack, early_stop=False) if hasattr(attack, "early_stop") else attack
+    attack = replace(attack, early_stop=False)
     few = slice(0, FOLLOWED)
     return {"over_steps": over_steps(judge, guarded.logits_model(), images[few], labels[few], attack=attack, seed=seed)}
 

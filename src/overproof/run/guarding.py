@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from overproof import console
 from overproof.config import RunConfig, resolve
 from overproof.data import ImageSet, Splits, make_loader
+from overproof.data.splits import stratified_subset
 from overproof.data.streams import StreamSet
 from overproof.errors import UsageError
 from overproof.folder import RunFolder, write_arrays
@@ -70,7 +71,7 @@ def fit_guards(
     for name, guard in made.items():
         console.note(f"fitting the {name} of {folder.path}")
         if isinstance(guard, Cache):
-            _fit_cache(guard, model, splits, tune=tune)
+            _fit_cache(guard, model, splits, tune=tune, given=guards[name])
         else:
             part = _needed(splits, guard.place) if guard.place == "detector" else splits.train
             guard.fit(model, *_tensors(part))
@@ -116,14 +117,20 @@ def _tensors(part: Part) -> tuple[Tensor, Tensor]:
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
-def _fit_cache(cache: Cache, model: nn.Module, splits: Splits, *, tune: bool) -> None:
-    """Positions count through the training part and go on in the validation part."""
+def _fit_cache(cache: Cache, model: nn.Module, splits: Splits, *, tune: bool, given: Mapping[str, Any]) -> None:
+    """Positions count through the training part and go on in the validation part; what was `given` is not tuned."""
+    if cache.centres is not None and not isinstance(splits.train, ImageSet):
+        raise UsageError(
+            f"cache.centres={cache.centres} are found among all images at once, but these are read as they are needed. Say how many "
+            "are remembered instead (cache.limit), or let all of them into memory (data.memory_limit)."
+        )
     _learn(cache, model, splits.train, first=True)
     if splits.validation is None:
         console.note("note: the data have no validation part, so theta and lam stay as they are.")
         return
     if tune:
-        cache.tune(model, *_tensors(splits.validation))
+        fixed: dict[str, Any] = {f"{name}s": (getattr(cache, name),) for name in ("theta", "lam") if name in given}
+        cache.tune(model, *_tensors(splits.validation), **fixed)
     if cache.centres is None and cache.limit is None:
         _learn(cache, model, splits.validation, first=False, offset=len(splits.train))
 
@@ -133,8 +140,9 @@ def _learn(cache: Cache, model: nn.Module, part: Part, *, first: bool, offset: i
         positions = torch.arange(offset, offset + len(part))
         (cache.fit if first else cache.add)(model, part.images, part.labels, index=positions)
         return
-    for number, batch in enumerate(make_loader(part, READ).batches(0)):
-        positions = torch.arange(len(batch)) + offset + number * READ
+    rows = torch.arange(len(part)) if cache.limit is None else stratified_subset(part.labels, cache.limit, cache.seed)
+    for number, batch in enumerate(make_loader(part.subset(rows), READ).batches(0)):
+        positions = rows[number * READ :][: len(batch)] + offset
         (cache.fit if first and not number else cache.add)(model, batch.images, batch.labels, index=positions)
 
 

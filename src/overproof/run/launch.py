@@ -34,6 +34,7 @@ def launched(config: RunConfig, folder: RunFolder) -> Iterator[Any]:
         method = METHODS.get(config.method.name).load()
         # A phase leaves the other phases' parameters without gradients; elsewhere that would be a mistake worth an error.
         partial = len(getattr(method, "phases", ("train",))) > 1 or getattr(method, "partial", False)
+        partial = partial or config.method.options.get("ce_weight") == 0  # the last layer may be left out
         strategy = DDPStrategy(find_unused_parameters=partial)
         _only_once()
     loggers = [_logger(name, folder) for name in train.loggers]

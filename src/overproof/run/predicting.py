@@ -16,6 +16,7 @@ from overproof.data.pictures import Picture, find_pictures, read_pictures
 from overproof.data.pixels import to_float
 from overproof.errors import OverproofError, UsageError
 from overproof.folder import RunFolder
+from overproof.guards.cache_keys import fingerprints
 from overproof.guards.guarded import Guarded
 from overproof.guards.storage import describe_guards
 from overproof.models.weights import load_model
@@ -48,22 +49,24 @@ def predict(
 ) -> list[Prediction]:
     """Classify image files with the model of a run folder.
 
-    Files may have any mode and size, see `data.pictures.read_picture` for what becomes of them; one that cannot be read has a
+    Files may have any mode and size, see `data.decoding.decode` for what becomes of them; one that cannot be read has a
     `problem` instead of a label.
 
     Args:
         run: a run folder.
         images: image files, and folders of them.
         guarded: put the model behind the guards of the run.
-        which: weights, "best" or "last"; with guards those that they were fitted for.
-        seed: of the guards' randomness, which is drawn per file.
+        which: weights, "best" or "last"; guards belong to those that they were fitted for.
+        seed: of the guards' randomness, which depends on this and on the pixels alone.
         trusted: allow a folder that names a package.module:callable to import and run it.
 
     Raises:
         FolderError: no such run, weights or guards.
         DataError: no image there.
-        UsageError: the run does not say what images its model takes.
+        UsageError: the run does not say what images its model takes, or `which` beside guards.
     """
+    if guarded and which != "best":
+        raise UsageError(f"which={which!r}: guards belong to the weights that they were fitted for.")
     paths = find_pictures([images] if isinstance(images, str | Path) else images)
     folder = RunFolder(run).require()
     model: nn.Module = (
@@ -104,7 +107,7 @@ def _rows(model: nn.Module, batch: list[tuple[int, Picture]], names: list[str], 
     if read:
         device = device_of(model)
         images = to_float(torch.stack([pixels for _, pixels in read])).to(device)
-        streams = Streams.named(torch.tensor([number for number, _ in read], device=device), seed, "predict")
+        streams = Streams.named(fingerprints(images), seed, "predict")
         found = dict(zip((number for number, _ in read), _said(model, images, streams, names), strict=True))
     return [
         Prediction(str(picture.path), problem=picture.problem)

@@ -12,7 +12,7 @@ from torch import nn
 
 from overproof.attacks.base import Attack, logits_of
 from overproof.config import DataConfig, ModelConfig, RunConfig
-from overproof.data import DATA, ImageSet, Splits, build_augment, load_data, load_extra, make_loader
+from overproof.data import DATA, Splits, build_augment, load_data, load_extra, make_loader
 from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation.curves import check_curve
 from overproof.evaluation.evaluator import make_attacks
@@ -22,6 +22,7 @@ from overproof.models import MODELS, create_model
 from overproof.models.weights import fill, read_state
 from overproof.networks import in_mode
 from overproof.registry import Entry, Registry
+from overproof.run.numbering import check_numbers, rows_of
 from overproof.run.robust import check_extra, warm_up
 from overproof.run.teachers import check_teachers, make_teacher
 from overproof.run.transfer import named_by_run, transferred
@@ -156,14 +157,15 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     if extra is not None:
         how: dict[str, Any] = {"root": config.data.root, "options": config.data.extra_options}
         splits = replace(
-            splits, extra=load_extra(extra, shape=shape, classes=splits.classes, first=_rows(splits.train) or 0, **how)
+            splits, extra=load_extra(extra, shape=shape, classes=splits.classes, first=rows_of(splits.train) or 0, **how)
         )
     # What a method may want to know about the data, and nobody has to say.
-    known: dict[str, Any] = {"image_shape": shape, "samples": _rows(splits.train if splits.extra is None else splits.extra)}
+    known: dict[str, Any] = {"image_shape": shape, "samples": rows_of(splits.train if splits.extra is None else splits.extra)}
     asked = METHODS.get(config.method.name).options()
     found = {key: value for key, value in known.items() if key in asked and value is not None}
     objective: Objective = METHODS.create(config.method.name, *networks, **{**found, **config.method.options})
     _compare_classes(objective, widths)
+    check_numbers(objective, splits.train)
     warm_up(objective, config.train.eps_warmup)
     return objective, splits
 
@@ -173,18 +175,6 @@ def _compare_classes(objective: Objective, widths: Sequence[int]) -> None:
         if width != widths[0] and objective.needs_same_classes:
             raise UsageError(f"The student has {widths[0]} classes and the {role} {width}: they must agree to be compared.")
     objective.same_classes = len({*widths}) == 1
-
-
-def _rows(data: Any) -> int | None:
-    """How many rows a table by `Batch.index` needs; None where it cannot be known. (`len` of a loader counts batches.)"""
-    from torch.utils.data import Dataset
-
-    if isinstance(data, ImageSet):
-        return int(data.index.max()) + 1  # a part of a set keeps the numbers of the whole
-    index = getattr(data, "index", None)
-    if isinstance(index, torch.Tensor) and len(index):
-        return int(index.max()) + 1
-    return len(data) if isinstance(data, Dataset) and hasattr(data, "__len__") else None
 
 
 def data_of(config: RunConfig) -> Splits:

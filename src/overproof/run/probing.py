@@ -11,6 +11,7 @@ from torch import nn
 from overproof.config import resolve
 from overproof.errors import UsageError
 from overproof.folder import RunFolder
+from overproof.methods import METHODS
 from overproof.run.api import start
 from overproof.run.execute import Run
 from overproof.run.prepare import USER
@@ -97,10 +98,12 @@ def probe_table(run: str | Path, *, data: str | None = None, which: Literal["bes
     if data is None and config.data.name == USER:
         raise UsageError(f"{folder.path} was trained on data of a program; name a data set with --data, or give the data.")
     own = {key: value for key, value in table["data"].items() if key not in OF_DATA}
+    attacked = {"eps", "norm"} <= METHODS.get(config.method.name).options().keys()  # else `steps` is something else there
+    threat = {key: value for key, value in config.method.options.items() if attacked and key in THREAT}
     return {
         "verb": "train",
         "model": {"name": config.model.name, "run": str(run), "which": which},
         "data": own if data is None else {"name": data},
-        "method": {"name": METHOD, **{key: value for key, value in config.method.options.items() if key in THREAT}},
+        "method": {"name": METHOD, **threat},
         "evaluation": {"attacks": table["evaluation"]["attacks"], "curve": table["evaluation"]["curve"]},
     }

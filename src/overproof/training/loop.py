@@ -223,7 +223,9 @@ class Trainer:
 
     def _keep(self, epoch: int, record: dict[str, Any]) -> None:
         """Write the last weights, and the best ones; note down a collapse."""
-        found = record.get("validation", {})
+        found = (
+            record.get("validation", {}) if self.objective.answers else {}
+        )  # of a head that was never trained: the last counts
         better, alarm = self.selection.better(epoch, found), self.selection.alarm(epoch, found)
         record |= {"alarm": alarm} if alarm else {}
         if self.fabric.is_global_zero:

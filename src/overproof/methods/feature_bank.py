@@ -26,6 +26,7 @@ class Bank(nn.Module):
         teacher_dim: length of the teacher's rows, if it is another.
     """
 
+    by_index = True  # so an image must keep its number
     student: Tensor
     teacher: Tensor
     labels: Tensor
@@ -52,7 +53,7 @@ class Bank(nn.Module):
         Raises:
             UsageError: an index beyond the bank.
         """
-        index, labels = _everyones(index), _everyones(labels)
+        index, labels = everyones(index), everyones(labels)
         largest = int(index.max()) + 1
         if largest > len(self) and self.fixed:
             raise UsageError(
@@ -74,33 +75,37 @@ class Bank(nn.Module):
     @torch.no_grad()
     def remember(self, index: Tensor, student: Tensor, teacher: Tensor | None = None) -> None:
         """row <- unit(momentum row + (1 - momentum) new) for the images `index` (N,); of all processes, if there are several."""
-        everyone = _everyones(index)
+        everyone = everyones(index)
         for name, new in (("student", student), ("teacher", teacher)):
             if new is None:
                 continue
             rows: Tensor = getattr(self, name)
-            mixed = self.momentum * rows[everyone] + (1 - self.momentum) * _everyones(new.detach()).to(rows)
+            mixed = self.momentum * rows[everyone] + (1 - self.momentum) * everyones(new.detach()).to(rows)
             # Not in place: the graph of the present step still needs the rows as they were.
             setattr(self, name, rows.index_copy(0, everyone, F.normalize(mixed, dim=1)))
 
     @torch.no_grad()
     def store(self, index: Tensor, teacher: Tensor) -> None:
         """row <- new, as it is, on the teacher's side; of all processes, if there are several."""
-        self.teacher = self.teacher.index_copy(0, _everyones(index), _everyones(teacher.detach()).to(self.teacher))
+        self.teacher = self.teacher.index_copy(0, everyones(index), everyones(teacher.detach()).to(self.teacher))
 
     @torch.no_grad()
     def set_scale(self, log_z: Tensor) -> None:
         """Keep log Z (2,) of both sides from now on; of several processes their mean."""
-        self.log_z = _everyones(log_z[None]).mean(dim=0).to(self.log_z)
+        self.log_z = everyones(log_z[None]).mean(dim=0).to(self.log_z)
         self.begun = torch.ones_like(self.begun)
 
     def draw_others(self, labels: Tensor, count: int) -> Tensor:
-        """Rows of other classes, uniformly with replacement, (N, count); classes not seen yet count as other."""
+        """Rows of other classes, uniformly with replacement, (N, count); of any class while no other is known.
+
+        Rows that no image has filled hold noise and are left out: there may be many, of images that are not trained on.
+        """
         order, starts, sizes = self._sorted(labels)
-        rest = (len(self) - sizes).clamp_min(1)
+        sizes = sizes * (sizes < len(order))
+        rest = len(order) - sizes
         drawn = (torch.rand(len(labels), count, device=labels.device, dtype=torch.float64) * rest[:, None]).long()
         drawn = drawn + (drawn >= starts[:, None]) * sizes[:, None]  # jump over the class's own block
-        return order[drawn.clamp_max(len(self) - 1)]
+        return order[drawn]
 
     def draw_same(self, labels: Tensor) -> Tensor:
         """A row of the same class for each label, (N,)."""
@@ -115,9 +120,10 @@ class Bank(nn.Module):
         return other & (self.labels != UNKNOWN)
 
     def _sorted(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows in the order of their classes, and where the block of each label begins and how long it is."""
+        """Known rows in the order of their classes, and where the block of each label begins and how long it is."""
         if self._order is None:
-            order = self.labels.argsort(stable=True)
+            known = (self.labels != UNKNOWN).nonzero().flatten()
+            order = known[self.labels[known].argsort(stable=True)]
             self._order = order, self.labels[order].contiguous()
         order, classes = self._order
         starts = torch.searchsorted(classes, labels.contiguous())
@@ -154,9 +160,16 @@ def _fresh(rows: int, dim: int, generator: torch.Generator | None = None) -> Ten
     return torch.empty(rows, dim).uniform_(-bound, bound, generator=generator)
 
 
-def _everyones(tensor: Tensor) -> Tensor:
+def everyones(tensor: Tensor) -> Tensor:
+    """The rows of all processes, (N_1 + N_2 + ..., ...); `tensor` itself if there is one process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    count = torch.tensor([len(tensor)], device=tensor.device)
+    counts = [torch.empty_like(count) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(counts, count)
+    sizes = [int(size) for size in counts]  # the last batch may be cut unevenly
+    room = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    room[: len(tensor)] = tensor
+    parts = [torch.empty_like(room) for _ in sizes]
+    torch.distributed.all_gather(parts, room)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
