@@ -209,6 +209,30 @@ METHODS.add(
     tags=("penalty",),
 )
 METHODS.add(
+    "nim",
+    "overproof.methods.nim:NIM",
+    summary="Pre-training: an autoencoder removes strong noise from whole images; no labels needed.",
+    paper="You, Liu, Han, Xu: Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense, NeurIPS 2023",
+    url="https://arxiv.org/abs/2302.01056",
+    tags=("pre-training", "autoencoder"),
+)
+METHODS.add(
+    "mim",
+    "overproof.methods.nim:MIM",
+    summary="Pre-training: an autoencoder guesses masked patches; no labels needed.",
+    paper="He, Chen, Xie, Li, Dollar, Girshick: Masked Autoencoders Are Scalable Vision Learners, CVPR 2022",
+    url="https://arxiv.org/abs/2111.06377",
+    tags=("pre-training", "autoencoder"),
+)
+METHODS.add(
+    "nim-tune",
+    "overproof.methods.nim_tuning:NIMTuning",
+    summary="A classifier learns from noisy images that a pre-trained autoencoder, its teacher, has denoised.",
+    paper="You, Liu, Han, Xu: Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense, NeurIPS 2023",
+    url="https://arxiv.org/abs/2302.01056",
+    tags=("purifier", "autoencoder"),
+)
+METHODS.add(
     "composed",
     "overproof.methods.composed:Composed",
     summary="Several methods at once, over one forward pass of each network.",

@@ -53,6 +53,7 @@ class Objective(nn.Module, ABC):
 
     phases: ClassVar[tuple[str, ...]] = ("train",)
     partial: ClassVar[bool] = False  # whether a step may leave some of its parameters without gradient
+    unsupervised: ClassVar[bool] = False  # whether labels say nothing about how good it is, so that the last weights are the best
     needs_same_classes: bool = True  # whether it compares what both networks answer
     same_classes: bool = True  # whether student and teacher have as many, which is found out when a run begins
 
@@ -79,6 +80,10 @@ class Objective(nn.Module, ABC):
     def trainable(self, phase: str = "train") -> Iterator[nn.Parameter]:
         """Parameters that the optimiser of `phase` updates."""
         return (p for p in self.parameters() if p.requires_grad)
+
+    def groups(self, phase: str = "train") -> list[dict[str, Any]]:
+        """The same for the optimiser: tables with "params", options of their own, and "lr_scale", a factor of the learning rate."""
+        return [{"params": list(self.trainable(phase))}]
 
     def trained_state(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold: student and adapters, not the teacher."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,8 +37,8 @@ def _one_cycle(done: float, rise: float = 0.3, first: float = 1 / 25, last: floa
     return low + (1 - low) * (1 + math.cos(math.pi * part)) / 2
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser named in `config` over `parameters`."""
+def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter | dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser named in `config` over `parameters`, or over groups of them with options of their own."""
     parameters, decay = list(parameters), config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(
