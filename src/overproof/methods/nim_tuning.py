@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -84,8 +85,7 @@ class NIMTuning(Objective):
             )
         self.on_original, self.no_denoising = on_original, no_denoising
         self.label_smoothing, self.layer_decay = label_smoothing, layer_decay
-        if (net := self._transformer) is not None and drop_path:
-            _drop_paths(net, drop_path)
+        self.drop_path = drop_path
 
     @property
     def _transformer(self) -> VitAutoencoder | None:
@@ -128,15 +128,24 @@ class NIMTuning(Objective):
 
     def forward(self, batch: Batch, progress: Progress, phase: str = "train") -> Output:
         """One step's loss."""
-        logits = self.student(self.shown(batch.images))
+        net = self._transformer
+        with shallower(net, self.drop_path) if net is not None and net.training else nullcontext():
+            logits = self.student(self.shown(batch.images))
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         return Output({"ce": loss}, logits)
 
 
-def _drop_paths(net: VitAutoencoder, largest: float) -> None:
-    """Give each block the stochastic depth of its place; in eval mode nothing changes, and no weight is added."""
+@contextmanager
+def shallower(net: VitAutoencoder, largest: float) -> Iterator[None]:
+    """Inside, each block is left out for some images, the last with probability `largest`; afterwards the network is as it was."""
     from timm.layers import DropPath
 
-    last = max(len(net.blocks) - 1, 1)
-    for number, block in enumerate(net.blocks):
-        block.drop_path1, block.drop_path2 = (DropPath(largest * number / last) for _ in range(2))
+    blocks: list[Any] = list(net.blocks)
+    before = [(block.drop_path1, block.drop_path2) for block in blocks]
+    for number, block in enumerate(blocks):
+        block.drop_path1 = block.drop_path2 = DropPath(largest * number / max(len(blocks) - 1, 1))
+    try:
+        yield
+    finally:
+        for block, (first, second) in zip(blocks, before, strict=True):
+            block.drop_path1, block.drop_path2 = first, second
