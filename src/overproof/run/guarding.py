@@ -72,7 +72,8 @@ def fit_guards(
     purifiers = [name for name, guard in made.items() if guard.place == "purifier"]
     if len(purifiers) > 1 or (pretrained is not None and not purifiers):
         raise UsageError(
-            f"Purifiers named: {', '.join(purifiers) or 'none'}. A model has one purifier, and a pre-training is for it: choose nim or purifier-small."
+            f"Purifiers named: {', '.join(purifiers) or 'none'}. A model has one, and a pre-training is for it: choose nim or "
+            "purifier-small."
         )
     folder = RunFolder(run).require()
     splits = guard_data(resolve(folder.config), data, overrides)
