@@ -28,7 +28,7 @@ from overproof.losses.divergences import cross_entropy
 from overproof.methods.nim import MIM, NIM
 from overproof.methods.nim_groups import decay_groups, layer_groups
 from overproof.methods.nim_tuning import NIMTuning, shallower
-from overproof.models import create_model, rebuild
+from overproof.models import MODELS, create_model, rebuild
 from overproof.models.autoencoder import Pretext, VitAutoencoder, autoencoder_of
 from overproof.models.heads import with_new_head
 from overproof.models.rebuilding import denoised, inpainted
@@ -106,7 +106,7 @@ def test_levels_have_mean_75_and_deviation_15() -> None:
     flat = NoiseLevels(law="uniform", high=30.0)
     drawn = flat.draw(torch.zeros(10_000, 1, 1, 1, dtype=torch.float64))
     assert drawn.dtype == torch.float64
-    assert 0 <= float(drawn.min())
+    assert float(drawn.min()) >= 0
     assert 29 < float(drawn.max()) <= 30
     assert float(drawn.mean()) == pytest.approx(15, abs=0.5)
     assert flat.span == (0.0, 30.0)
@@ -161,7 +161,9 @@ def test_the_loss_is_the_plain_mean_over_all_patches() -> None:
     torch.testing.assert_close(found.losses["nim"], expected.mean(), rtol=1e-12, atol=0)
     assert set(found.losses) == {"nim"}
     assert float(found.logs["noise level"]) == 50
-    torch.testing.assert_close(found.logits, net.classify(net.tokens((noisy - 0.4) / model.normalize.std)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found.logits, net.classify(net.tokens((noisy - 0.4) / model.normalize.std)), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_the_masked_loss_looks_at_masked_patches_alone() -> None:
@@ -227,7 +229,9 @@ def test_pre_training_keeps_the_contract_with_every_option(build) -> None:
     check_method(build, teacher=False, network=autoencoder)
 
 
-@pytest.mark.parametrize("options", [{"on_original": True}, {"no_denoising": True}, {"high": 0.0, "drop_path": 0.0}, {"layer_decay": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"on_original": True}, {"no_denoising": True}, {"high": 0.0, "drop_path": 0.0}, {"layer_decay": 1.0}]
+)
 def test_fine_tuning_keeps_the_contract_with_every_option(options: dict) -> None:
     check_method(lambda s, t: NIMTuning(s, t, **options), network=autoencoder)
 
@@ -247,7 +251,12 @@ def test_vectors_do_not_decay_and_layers_learn_slower_towards_the_pixels() -> No
     assert sum(len(group["params"]) for group in plain) == len(named)
     groups = layer_groups(named.items(), 2, 0.5)
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    expected = {"net.cls": 1 / 8, "net.embed.weight": 1 / 8, "net.blocks.0.attn.qkv.weight": 1 / 4, "net.blocks.1.norm1.bias": 1 / 2}
+    expected = {
+        "net.cls": 1 / 8,
+        "net.embed.weight": 1 / 8,
+        "net.blocks.0.attn.qkv.weight": 1 / 4,
+        "net.blocks.1.norm1.bias": 1 / 2,
+    }
     expected |= {"net.fc_norm.weight": 1.0, "net.head.bias": 1.0}
     assert {name: scale[id(named[name])] for name in expected} == expected
     assert len(scale) == len(named)
@@ -259,6 +268,9 @@ def test_vectors_do_not_decay_and_layers_learn_slower_towards_the_pixels() -> No
 
 class HalfStill(Objective):
     """Cross-entropy that leaves the first layer where it is."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__(student)
 
     def groups(self, phase: str = "train") -> list[dict]:
         first, *others = self.trainable(phase)
@@ -328,7 +340,7 @@ def test_other_images_are_refused() -> None:
 def test_the_large_presets_are_the_published_autoencoders(name: str, size: int, count: int) -> None:
     """Parameters of the published masked autoencoders, whose positions count though they do not learn; ours has a head beside."""
     with torch.device("meta"):
-        net = create_model(name, 2, 3, size).net
+        net = MODELS.create(name, 2, 3, size)
     beside = sum(p.numel() for part in (net.fc_norm, net.head) for p in part.parameters())
     positions = net.positions.numel() + net.decoder.positions.numel()
     assert sum(p.numel() for p in net.parameters()) - beside + positions == count
@@ -380,7 +392,7 @@ def test_guessing_leaves_what_was_seen(norm_pix: bool) -> None:
     seen = masked_patches(kept, 16)[:, :, None].expand_as(found) == 0
     torch.testing.assert_close(found[seen], patchify(images, 2)[seen], atol=1e-12, rtol=0)
     assert float((found - patchify(images, 2))[~seen].abs().mean()) > 0.01
-    assert 0 <= float(found.min())
+    assert float(found.min()) >= 0
     assert float(found.max()) <= 1
 
 
@@ -394,7 +406,7 @@ def test_fine_tuning_sees_what_it_says() -> None:
     noisy = NIMTuning(student, teacher, no_denoising=True, high=200.0).shown(images)
     assert float(noisy.max()) > 1
     rebuilt = NIMTuning(student, teacher).shown(images)
-    assert 0 <= float(rebuilt.min())
+    assert float(rebuilt.min()) >= 0
     assert float(rebuilt.max()) <= 1
     assert not rebuilt.requires_grad
     quiet = NIMTuning(student, teacher, high=0.0).shown(images)
@@ -459,17 +471,18 @@ def test_training_on_digits_removes_noise(digits: overproof.Splits) -> None:
     """A few epochs suffice to rebuild held-out images better than the noise leaves them, at every level."""
     torch.manual_seed(0)
     mean, std = digits.train.mean_std()
-    model = create_model("vit-ae-digits", 10, 1, 8, mean=mean, std=std)
+    sizes = {"embed_dim": 32, "depth": 2, "decoder_dim": 32, "decoder_depth": 1}
+    model = create_model("vit-ae-digits", 10, 1, 8, mean=mean, std=std, **sizes)
     objective = NIM(model)
-    optimizer = torch.optim.AdamW(objective.groups(), 2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(objective.groups(), 3e-3, weight_decay=0.05)
     images, labels = digits.train.images.float() / 255, digits.train.labels
-    for _ in range(12):
-        for rows in torch.randperm(len(images)).split(128):
+    for _ in range(6):
+        for rows in torch.randperm(len(images)).split(64):
             optimizer.zero_grad()
             sum(objective(Batch(images[rows], labels[rows], rows), NOW).losses.values()).backward()
             optimizer.step()
     held = digits.test.images.float() / 255
-    for sigma, share in ((35.0, 0.9), (70.0, 0.6), (140.0, 0.6)):
+    for sigma, share in ((35.0, 0.7), (70.0, 0.35), (140.0, 0.2)):
         noisy = add_noise(held, sigma, torch.randn_like(held))
         with torch.no_grad():
             error = float((denoised(model, noisy, held) - held).square().mean())

@@ -67,5 +67,5 @@ class Averaged(nn.Module):
         while left:
             passes = min(at_once, left)
             answers = logits_of(self.model, images.repeat(passes, *[1] * (images.dim() - 1))).log_softmax(dim=1)
-            total, left = total + answers.unflatten(0, (passes, len(images))).sum(dim=0), left - passes
+            total, left = total + answers.view(passes, len(images), answers.shape[1]).sum(dim=0), left - passes
         return total / self.samples

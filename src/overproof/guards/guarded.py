@@ -98,15 +98,16 @@ class Guarded(nn.Module):
         parts |= {f"cache/{name}": value[first] for name, value in answer.parts.items()}
         return _averaged(answer.logits, len(images)), seen[first], parts
 
-    def _purified(
-        self, images: Tensor, generator: torch.Generator | None, *, draws: int | None = None, **knobs: Any
-    ) -> Tensor:
+    def _purified(self, images: Tensor, generator: torch.Generator | None, *, draws: int | None = None, **knobs: Any) -> Tensor:
         """What the model sees of the images: all first draws, then all second ones, and so on."""
         assert self.purifier is not None
         streams, repeats = Streams.of(generator, images).fork(0), getattr(self.purifier, "repeats", None)
         count = repeats(draws=draws, **knobs) if callable(repeats) else 1
         if count > 1:
-            images, streams = images.repeat(count, 1, 1, 1), Streams(torch.cat([streams.fork(draw).keys for draw in range(count)]))
+            images, streams = (
+                images.repeat(count, 1, 1, 1),
+                Streams(torch.cat([streams.fork(draw).keys for draw in range(count)])),
+            )
         purified: Tensor = self.purifier(self.model, images, streams, **knobs)
         return purified
 
@@ -124,7 +125,7 @@ def _averaged(logits: Tensor, images: int) -> Tensor:
     draws = len(logits) // max(images, 1)
     if draws <= 1:
         return logits
-    return logits.log_softmax(dim=1).unflatten(0, (draws, images)).logsumexp(dim=0) - math.log(draws)
+    return logits.log_softmax(dim=1).view(draws, images, logits.shape[1]).logsumexp(dim=0) - math.log(draws)
 
 
 class GuardedLogits(nn.Module):

@@ -87,7 +87,9 @@ class NIMPurifier(Purifier):
         made = self._pretrained(images, like.device) if autoencoder is None else copy.deepcopy(autoencoder)
         net = autoencoder_of(made)
         if net.shape != shape:
-            raise UsageError(f"The autoencoder rebuilds images of shape {net.shape} (channels, height, width), these have {shape}.")
+            raise UsageError(
+                f"The autoencoder rebuilds images of shape {net.shape} (channels, height, width), these have {shape}."
+            )
         if net.pretext.kind == "none":
             raise UsageError("This autoencoder has learned nothing yet: pre-train it with the method nim or mim first.")
         spec = getattr(made, "spec", None)
@@ -145,7 +147,7 @@ class NIMPurifier(Purifier):
         channels, side, breadth = images.shape[1:]
         if side != breadth:
             raise UsageError(f"The purifier rebuilds square images, not {side} x {breadth}; resize them.")
-        mean, std = channel_statistics(to_float(part) for part in images[:10_000].split(500))
+        mean, std = channel_statistics(to_float(part) for part in torch.split(images[:10_000], 500))
         name = self.network or ("vit-ae-digits" if side < 16 else "vit-ae-small" if side <= 64 else "vit-ae-b16")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)

@@ -44,7 +44,9 @@ class Purifier(Guard):
         self.sigma, self.draws, self.seed = sigma, draws, seed
         self.epochs, self.batch_size, self.lr = epochs, batch_size, lr
         if min(epochs, batch_size) < 1 or not lr > 0:
-            raise UsageError(f"{type(self).__name__}(epochs={epochs}, batch_size={batch_size}, lr={lr}): at least 1, 1, and above 0.")
+            raise UsageError(
+                f"{type(self).__name__}(epochs={epochs}, batch_size={batch_size}, lr={lr}): at least 1, 1, and above 0."
+            )
         self.repeats()
 
     @abstractmethod
@@ -119,7 +121,8 @@ class Purifier(Guard):
             raise UsageError(f"sigma={level:g}: of a masked autoencoder it is the share of patches that are masked, below 1.")
         if level > high * (1 + 1e-6):
             warnings.warn(
-                f"sigma={level:g} is beyond what the purifier was trained for (up to {high:g}): do not trust what it rebuilds.", stacklevel=3
+                f"sigma={level:g} is beyond what the purifier was trained for (up to {high:g}): do not trust what it rebuilds.",
+                stacklevel=3,
             )
 
     def train(self, mode: bool = True) -> Self:
@@ -135,7 +138,9 @@ class Purifier(Guard):
         try:
             self.build(facts)
         except (KeyError, TypeError, ValueError, OverproofError) as error:
-            raise FolderError(f"These findings describe no {type(self).__name__} ({error!r}). Fit it again: overproof guard fit.") from error
+            raise FolderError(
+                f"These findings describe no {type(self).__name__} ({error!r}). Fit it again: overproof guard fit."
+            ) from error
         return super().restore(tensors, facts)
 
     def settle(self, model: nn.Module, images: Tensor, facts: Mapping[str, Any]) -> Self:
@@ -148,7 +153,9 @@ class Purifier(Guard):
         errors: dict[str, dict[str, float]] = {}
         with torch.no_grad():
             for level in LEVELS[self.facts["kind"]]:
-                spoiled, found = (call(few, level, Streams.named(rows.to(few.device), "errors")) for call in (self.noisy, self.purified))
+                spoiled, found = (
+                    call(few, level, Streams.named(rows.to(few.device), "errors")) for call in (self.noisy, self.purified)
+                )
                 errors[f"sigma {level:g}"] = {
                     "noisy": float((spoiled - few).square().mean()),
                     "purified": float((found - few).square().mean()),
@@ -186,7 +193,7 @@ def trained(
         steps = guard.epochs * -(-len(images) // guard.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(guard.epochs):
-            for rows in torch.randperm(len(images)).split(guard.batch_size):
+            for rows in torch.split(torch.randperm(len(images)), guard.batch_size):
                 batch = to_float(images[rows.to(images.device)]).to(device, torch.float32)
                 optimizer.zero_grad()
                 loss(batch).backward()  # type: ignore[no-untyped-call]

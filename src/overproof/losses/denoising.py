@@ -53,7 +53,7 @@ class NoiseLevels:
         if self.law == "uniform":
             return self.high * torch.rand(count, dtype=like.dtype, device=like.device)
         rate = like.new_tensor(1 / self.scale)  # torch counts in rates
-        law = torch.distributions.Gamma(like.new_tensor(self.shape), rate, validate_args=False)  # type: ignore[no-untyped-call]
+        law = torch.distributions.Gamma(like.new_tensor(self.shape), rate, validate_args=False)
         levels: Tensor = law.sample(torch.Size((count,)))
         return levels
 

@@ -31,7 +31,9 @@ class _Rebuilding(Objective):
         super().__init__(student)
         self.norm_pix, self.probe = pretext.norm_pix, probe
         if pretext.norm_pix and self.network.patch_size**2 * self.network.shape[0] < 2:
-            raise UsageError(f"{self.name}: norm_pix needs patches of two pixels or more; set method.norm_pix=false, or larger patches.")
+            raise UsageError(
+                f"{self.name}: norm_pix needs patches of two pixels or more; set method.norm_pix=false, or larger patches."
+            )
         self.network.learns(pretext)
 
     @property
@@ -151,7 +153,9 @@ class MIM(_Rebuilding):
     def __init__(self, student: nn.Module, *, ratio: float = 0.75, norm_pix: bool = True, probe: bool = True) -> None:
         patches = autoencoder_of(student).patches
         if not 0 < ratio < 1 or not 0 < round((1 - ratio) * patches) < patches:
-            raise UsageError(f"mim: ratio={ratio} must lie in (0, 1), mask at least one of the {patches} patches and leave one.")
+            raise UsageError(
+                f"mim: ratio={ratio} must lie in (0, 1), mask at least one of the {patches} patches and leave one."
+            )
         super().__init__(student, Pretext("mask", norm_pix, ratio, ratio), probe=probe)
         self.ratio = ratio
 

@@ -29,9 +29,7 @@ def layer_groups(parameters: Named, depth: int, decay: float) -> list[dict[str, 
     layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
         layers.setdefault(_layer(name, depth), []).append((name, parameter))
-    return [
-        group for layer in sorted(layers) for group in decay_groups(layers[layer], lr_scale=decay ** (depth + 1 - layer))
-    ]
+    return [group for layer in sorted(layers) for group in decay_groups(layers[layer], lr_scale=decay ** (depth + 1 - layer))]
 
 
 def _layer(name: str, depth: int) -> int:

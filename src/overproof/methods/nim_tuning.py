@@ -70,9 +70,11 @@ class NIMTuning(Objective):
         self.pretext = autoencoder_of(teacher).pretext
         self.masks = self.pretext.kind == "mask"
         if self.pretext.kind == "none":
-            raise UsageError("nim-tune: the teacher is an autoencoder that has learned nothing yet; pre-train it with nim or mim first.")
+            raise UsageError(
+                "nim-tune: the teacher is an autoencoder that has learned nothing yet; pre-train it with nim or mim first."
+            )
         self.high = HIGH[self.pretext.kind] if high is None else high
-        if not 0 <= self.high or (self.masks and self.high >= 1):
+        if not self.high >= 0 or (self.masks and self.high >= 1):
             raise UsageError(f"nim-tune: high={high} must be at least 0, and with a masked autoencoder below 1.")
         if on_original and no_denoising:
             raise UsageError("nim-tune: on_original has no noise, no_denoising nothing but noise; choose one.")

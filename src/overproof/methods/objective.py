@@ -53,7 +53,7 @@ class Objective(nn.Module, ABC):
 
     phases: ClassVar[tuple[str, ...]] = ("train",)
     partial: ClassVar[bool] = False  # whether a step may leave some of its parameters without gradient
-    unsupervised: ClassVar[bool] = False  # whether labels say nothing about how good it is, so that the last weights are the best
+    unsupervised: ClassVar[bool] = False  # whether labels do not say how good it is: then the last weights are the best
     needs_same_classes: bool = True  # whether it compares what both networks answer
     same_classes: bool = True  # whether student and teacher have as many, which is found out when a run begins
 

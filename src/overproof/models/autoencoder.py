@@ -29,7 +29,7 @@ class Pretext:
     """
 
     kind: Kind = "none"
-    norm_pix: bool = True
+    norm_pix: bool = False
     low: float = 0.0
     high: float = 0.0
 
@@ -112,7 +112,9 @@ class VitAutoencoder(Network):
         decoder_dim: int, decoder_depth: int, decoder_heads: int,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check(patch_size, image_size, depth, decoder_depth, encoder=(embed_dim, num_heads), decoder=(decoder_dim, decoder_heads))
+        _check(
+            patch_size, image_size, depth, decoder_depth, encoder=(embed_dim, num_heads), decoder=(decoder_dim, decoder_heads)
+        )
         self.patch_size, self.shape = patch_size, (in_channels, image_size, image_size)
         side, pixels = image_size // patch_size, patch_size**2 * in_channels
         self.embed, self.cls = nn.Linear(pixels, embed_dim), nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=0.02))
@@ -153,14 +155,17 @@ class VitAutoencoder(Network):
             DataError: images of another shape.
         """
         if images.shape[1:] != self.shape:
-            raise DataError(f"This network reads images of shape {self.shape}, not {tuple(images.shape[1:])}; convert or resize them.")
+            raise DataError(
+                f"This network reads images of shape {self.shape}, not {tuple(images.shape[1:])}; convert or resize them."
+            )
         tokens = self.embed(patchify(images, self.patch_size)) + self.positions[1:]
         if kept is not None:
             tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
         tokens = torch.cat([self.cls.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return tokens
+        found: Tensor = tokens
+        return found
 
     def said(self, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
         """What the decoder says of each patch, (N, L, patch_size^2 C), from the encoder's tokens."""
@@ -210,10 +215,12 @@ def autoencoder_of(model: nn.Module) -> VitAutoencoder:
 
 def normalised(model: nn.Module, images: Tensor) -> Tensor:
     """Images in [0, 1] as the network behind the model's first layer reads them."""
-    return model.normalize(images) if isinstance(model, Classifier) else images  # type: ignore[no-any-return]
+    return model.normalize(images) if isinstance(model, Classifier) else images
 
 
-def _preset(about: str, patch: int | None, encoder: tuple[int, int, int], decoder: tuple[int, int, int]) -> Callable[..., nn.Module]:
+def _preset(
+    about: str, patch: int | None, encoder: tuple[int, int, int], decoder: tuple[int, int, int]
+) -> Callable[..., nn.Module]:
     """A builder of autoencoders with these sizes (dim, depth, heads); no patch: 2 pixels below 16, else 4."""
 
     def build(

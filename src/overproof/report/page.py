@@ -85,7 +85,7 @@ def _content(runs: list[Run], title: str | None, baseline: str | None) -> dict[s
         "learned": [told for run in runs if (told := learned(run))],
         "robustness": charts.robustness(runs),
         "caches": [told for told in map(remembered, runs) if told],
-        "purifiers": [told for run in runs if (told := purified(run))],
+        "purifiers": [through for run in runs if (through := purified(run))],
         "detections": [seen for run in runs if (seen := detected(run))],
         "classes": charts.per_class(runs),
         "confusion": [chart for run in runs if (chart := maps.confusion(run))],

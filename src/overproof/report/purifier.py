@@ -45,14 +45,16 @@ class Purified:
 def purified(run: Run) -> Purified | None:
     """The purifier's part of the first evaluation with a curve, and of the first with pictures; None if there is neither."""
     behind = [name for name, found in run.evaluations.items() if "purifier" in items(table(found.get("guard")).get("guards"))]
-    rows: list[dict[str, Any]] = next((rows for name in behind if (rows := level_rows(run.evaluations[name]))), [])
+    rows = next((found for name in behind if (found := level_rows(run.evaluations[name]))), [])
     examples: list[Shown] = []
     for name in behind:
         try:
             gallery = run.folder.arrays(name, "gallery")
             examples = examples or _examples(gallery, run.evaluations[name]["classes"])
         except (FolderError, KeyError, IndexError, ValueError, TypeError) as error:
-            run.warnings.append(f"{run.folder.path}: the images behind the purifier cannot be shown ({type(error).__name__}: {error}).")
+            run.warnings.append(
+                f"{run.folder.path}: the images behind the purifier cannot be shown ({type(error).__name__}: {error})."
+            )
     attacks = list(rows[0]["robust"]) if rows else []
     return Purified(run, [_chart(rows, attacks)] if rows else [], rows, attacks, examples) if rows or examples else None
 
@@ -64,7 +66,9 @@ def level_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for place, level in enumerate(items(found.get("sigma"))):
         value = {key: number(_at(items(found.get(key)), place)) for key in ("clean", "noisy", "purified")}
-        rows.append({"sigma": number(level), **value, "robust": {name: number(_at(row, place)) for name, row in robust.items()}})
+        rows.append(
+            {"sigma": number(level), **value, "robust": {name: number(_at(row, place)) for name, row in robust.items()}}
+        )
     return rows
 
 
@@ -113,7 +117,9 @@ def _chart(rows: list[dict[str, Any]], attacks: list[str]) -> Chart:
         axes.legend(frameon=False, fontsize=8)
 
     note = "Attacks go through the purifier at each level; those called -transfer were made on the bare model."
-    return Chart("Accuracy over the knob", draw(paint, "Clean and robust accuracy over the level of the purifier's noise"), note)
+    return Chart(
+        "Accuracy over the knob", draw(paint, "Clean and robust accuracy over the level of the purifier's noise"), note
+    )
 
 
 def _examples(gallery: dict[str, np.ndarray], classes: list[str]) -> list[Shown]:

@@ -29,7 +29,14 @@ from overproof.networks import device_of, full_precision
 
 
 def fit_purifier(
-    guard: Purifier, model: nn.Module, images: Tensor, labels: Tensor, *, run: Path, pretrained: str | Path | None, trusted: bool = False
+    guard: Purifier,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    run: Path,
+    pretrained: str | Path | None,
+    trusted: bool = False,
 ) -> None:
     """Fit a purifier for the model of a run.
 
@@ -152,7 +159,10 @@ def purifier_pictures(guarded: Guarded, gallery: Mapping[str, np.ndarray]) -> di
     with torch.no_grad(), full_precision(place):
         noisy = purifier.noisy(attacked, level, streams.fork(0))
         purified = purifier.purified(attacked, level, streams.fork(0))
-        said = {"bare_prediction": predictions(guarded.model, attacked), "purified_prediction": predictions(guarded.model, purified)}
+        said = {
+            "bare_prediction": predictions(guarded.model, attacked),
+            "purified_prediction": predictions(guarded.model, purified),
+        }
     shown = {"noisy": noisy, "purified": purified}
     arrays = {name: (images.clamp(0, 1) * 255).round().byte() for name, images in shown.items()} | said
     return {name: value.cpu().numpy() for name, value in arrays.items()}

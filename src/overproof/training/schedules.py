@@ -39,12 +39,13 @@ def _one_cycle(done: float, rise: float = 0.3, first: float = 1 / 25, last: floa
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter | dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser named in `config` over `parameters`, or over groups of them with options of their own."""
-    parameters, decay = list(parameters), config.weight_decay
+    groups: list[Any] = list(parameters)
+    decay = config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, config.lr, config.momentum, weight_decay=decay, nesterov=config.nesterov and config.momentum > 0
+            groups, config.lr, config.momentum, weight_decay=decay, nesterov=config.nesterov and config.momentum > 0
         )
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, config.lr, momentum=config.momentum, weight_decay=decay)
+        return torch.optim.RMSprop(groups, config.lr, momentum=config.momentum, weight_decay=decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, config.lr, weight_decay=decay)
+    return kind(groups, config.lr, weight_decay=decay)
