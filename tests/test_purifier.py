@@ -392,7 +392,7 @@ def test_an_evaluation_turns_the_knob() -> None:
         purifier=NIMPurifier(sigma=35.0).fit(guarded.model.float(), images, labels, autoencoder=autoencoder()),
     )
     data = ImageSet(images.float(), labels, classes=3)
-    attacks = {"pgd": PGD(eps=0.1, steps=3)}
+    attacks = {"pgd": PGD(eps=0.1, steps=3, random_start=False)}
     result = evaluate_guarded(guarded, data, attacks=attacks, sanity=0, sigma=["off", 0, 105])
     curve = result.summary["purifier"]
     assert curve["sigma"] == ["off", 0.0, 105.0]

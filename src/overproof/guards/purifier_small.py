@@ -70,7 +70,7 @@ class SmallPurifier(Purifier):
         width: int = 32,
         depth: int = 5,
         high: float = 150.0,
-        epochs: int = 30,
+        epochs: int = 50,
         batch_size: int = 128,
         lr: float = 2e-3,
         seed: int = 0,
@@ -88,14 +88,14 @@ class SmallPurifier(Purifier):
             model: before which the purifier will stand; it is not asked.
             images: (N, C, H, W), floats in [0, 1] or uint8.
             labels: not needed.
-            teacher: fitted, of images of this shape; None: one is fitted first, with its own defaults.
+            teacher: fitted, of images of this shape; None: one is fitted first, for as many epochs.
 
         Raises:
             UsageError: a teacher of other images, or a masked one.
             DataError: images that are none.
         """
         shape, like = checked(images, "purifier"), for_model(images[:1], model)
-        guide = NIMPurifier(seed=self.seed).fit(model, images, labels) if teacher is None else teacher
+        guide = NIMPurifier(epochs=self.epochs, seed=self.seed).fit(model, images, labels) if teacher is None else teacher
         guide.require_fitted()
         if guide.facts["kind"] != "noise" or tuple(guide.facts["shape"]) != shape:
             raise UsageError(

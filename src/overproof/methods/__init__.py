@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from overproof.methods.nim_entries import NOISY_IMAGES
 from overproof.registry import Registry
 
 if TYPE_CHECKING:
@@ -208,30 +209,8 @@ METHODS.add(
     url="https://arxiv.org/abs/1909.06137",
     tags=("penalty",),
 )
-METHODS.add(
-    "nim",
-    "overproof.methods.nim:NIM",
-    summary="Pre-training: an autoencoder removes strong noise from whole images; no labels needed.",
-    paper="You, Liu, Han, Xu: Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense, NeurIPS 2023",
-    url="https://arxiv.org/abs/2302.01056",
-    tags=("pre-training", "autoencoder"),
-)
-METHODS.add(
-    "mim",
-    "overproof.methods.nim:MIM",
-    summary="Pre-training: an autoencoder guesses masked patches; no labels needed.",
-    paper="He, Chen, Xie, Li, Dollar, Girshick: Masked Autoencoders Are Scalable Vision Learners, CVPR 2022",
-    url="https://arxiv.org/abs/2111.06377",
-    tags=("pre-training", "autoencoder"),
-)
-METHODS.add(
-    "nim-tune",
-    "overproof.methods.nim_tuning:NIMTuning",
-    summary="A classifier learns from noisy images that a pre-trained autoencoder, its teacher, has denoised.",
-    paper="You, Liu, Han, Xu: Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense, NeurIPS 2023",
-    url="https://arxiv.org/abs/2302.01056",
-    tags=("purifier", "autoencoder"),
-)
+for _name, _about in NOISY_IMAGES.items():
+    METHODS.add(_name, **_about)
 METHODS.add(
     "composed",
     "overproof.methods.composed:Composed",
