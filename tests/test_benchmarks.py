@@ -72,6 +72,20 @@ def test_fisher_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert line["equal"] is True
 
 
+def test_nim_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = runpy.run_path(str(ROOT / "benchmarks" / "nim.py"))
+    small = {"PAIRS": 2, "WARM": 1, "BATCH": 8, "ASKED": 2, "DRAWS": 3, "memory": lambda case, who, device: 2.0}
+    for name, value in small.items():
+        monkeypatch.setitem(module["main"].__globals__, name, value)
+    monkeypatch.setattr("sys.argv", ["nim.py"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "nim"
+    assert set(line["ratios"]) == {f"{case}{kind}" for case in ("step", "inference", "eot") for kind in ("", "_memory")}
+    assert line["equal"] is True
+
+
 def test_guards_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = runpy.run_path(str(ROOT / "benchmarks" / "guards.py"))
 

@@ -61,11 +61,21 @@ def test_guards_example(tmp_path: Path) -> None:
     run_python(SETTING + names + code.replace("Cache()", 'Cache(layers=("0",))') + tail, tmp_path)
 
 
+def test_purifier_example(tmp_path: Path) -> None:
+    code, *_ = blocks(ROOT / "docs/purifier.md", "python")
+    names = "overproof_data = (torch.rand(64, 3, 32, 32), torch.arange(64) % 10)\nmodel = my_student\n"
+    names += "images, labels = overproof_data\ntest_images, test_labels = torch.rand(16, 3, 32, 32), labels[:16]\n"
+    tail = "\nassert torch.equal(off.logits, model(test_images)) and averaged.logits.shape == (16, 10)"
+    tail += "\nassert result.summary['purifier']['sigma'] == ['off', 70.0]"
+    small = code.replace("epochs=100", "epochs=1").replace("epochs=30", "epochs=1").replace("steps=40", "steps=2")
+    run_python(SETTING + names + small + tail, tmp_path)
+
+
 def test_readme_commands_name_real_options() -> None:
     """Every command of the README is understood (shown by asking each for its help) and its options exist."""
     from overproof.cli import app
 
-    pages = ("README.md", "docs/attacks.md", "docs/guards.md")
+    pages = ("README.md", "docs/attacks.md", "docs/guards.md", "docs/purifier.md")
     text = "\n".join(block for page in pages for block in blocks(ROOT / page, "sh"))
     commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("overproof")]
     assert len(commands) >= 4

@@ -48,6 +48,7 @@ def test_imports_go_down(path: Path) -> None:
 
 
 SHARED = {
+    "nim_entries",
     "objective",
     "robust_distiller",
     "introspective",

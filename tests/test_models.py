@@ -37,7 +37,7 @@ PUBLISHED = {
     ("shufflenetv1", 100): 949_258,
     ("shufflenetv2", 100): 1_355_528,
 }
-HUGE = {"wrn-28-10", "wrn-34-10", "resnet34", "resnet50"}
+HUGE = {"wrn-28-10", "wrn-34-10", "resnet34", "resnet50", "vit-ae-b16", "vit-ae-l16"}
 EIGHT = ("lenet5", "lenet5-half", "resnet8", "resnet8x4", "wrn-16-1", "vit-tiny", "mlp", "cnn", "vgg8", "mobilenetv2")
 
 

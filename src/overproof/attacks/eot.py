@@ -13,6 +13,8 @@ from overproof.attacks.randomness import Streams
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 
+ROWS = 1024  # images in one pass through a model whose rows have dice of their own
+
 
 @dataclass(frozen=True, kw_only=True)
 class EOT(Wrapper):
@@ -49,7 +51,10 @@ class EOT(Wrapper):
 
 
 class Averaged(nn.Module):
-    """The mean log-probability of `samples` passes through a random model."""
+    """The mean log-probability of `samples` passes through a random model.
+
+    A model with the attribute `own_dice` draws for every row of a batch anew, so that many passes are one over a longer batch.
+    """
 
     def __init__(self, model: nn.Module, samples: int) -> None:
         super().__init__()
@@ -57,7 +62,10 @@ class Averaged(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> log-probabilities (N, K), up to a constant per image."""
-        total = logits_of(self.model, images).log_softmax(dim=1)
-        for _ in range(self.samples - 1):
-            total = total + logits_of(self.model, images).log_softmax(dim=1)
+        at_once = max(1, ROWS // max(len(images), 1)) if getattr(self.model, "own_dice", False) else 1
+        total, left = images.new_zeros(()), self.samples
+        while left:
+            passes = min(at_once, left)
+            answers = logits_of(self.model, images.repeat(passes, *[1] * (images.dim() - 1))).log_softmax(dim=1)
+            total, left = total + answers.view(passes, len(images), answers.shape[1]).sum(dim=0), left - passes
         return total / self.samples

@@ -21,6 +21,9 @@ def fit(
     *,
     cache: bool = False,
     detector: bool = False,
+    nim: bool = False,
+    purifier_small: bool = False,
+    pretrained: Path | None = None,
     layers: Names = (),
     fpr: float | None = None,
     tune: bool = True,
@@ -41,6 +44,12 @@ def fit(
         Training images that look alike to the network take part in its answer (options: --set cache.top_k=50).
     detector
         Suspicious images are rejected (options: --set detector.draws=8).
+    nim
+        Images get noise, and an autoencoder rebuilds them (options: --set nim.sigma=70).
+    purifier_small
+        The same by a few convolutions, which imitate the purifier nim of this run, or of --pretrained.
+    pretrained
+        With --nim or --purifier-small: a run with the method nim or mim. Without it the purifier is pre-trained on the training images.
     layers
         With --cache: layers that make the keys, or the name of a published set, such as resnet32; repeatable.
     fpr
@@ -55,14 +64,17 @@ def fit(
     from overproof.report.guards import description_text
     from overproof.run.guarding import fit_guards
 
-    wanted = {name for name, asked in (("cache", cache), ("detector", detector)) if asked}
+    asked = {"cache": cache, "detector": detector, "nim": nim, "purifier-small": purifier_small}
+    wanted = {name for name, said in asked.items() if said}
     options, overrides = _options(set_, wanted)
     if layers:
         preset = len(layers) == 1 and layers[0] in PRESETS
         _give(options, "cache", "layers", layers[0] if preset else list(layers))
     if fpr is not None:
         _give(options, "detector", "fpr", fpr)
-    found = fit_guards(run, options, which=which, data=data, tune=tune, overrides=overrides, trusted=trust)
+    found = fit_guards(
+        run, options, which=which, data=data, tune=tune, pretrained=pretrained, overrides=overrides, trusted=trust
+    )
     show(found, json_, description_text(found) + f"\nkept: {run / 'guards'}")
 
 

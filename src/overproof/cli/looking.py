@@ -32,6 +32,7 @@ def evaluate(
     sanity: int = 128,
     fisher: bool | None = None,
     guarded: bool = False,
+    sigma: str = "",
     devices: str | None = None,
     name: str | None = None,
     seed: int = 0,
@@ -74,6 +75,8 @@ def evaluate(
         the margin; by default for runs that were trained with a penalty on it.
     guarded
         Put the run behind its guards: attacks go through them, and once more are made on the bare model.
+    sigma
+        With --guarded and a purifier: comma-separated levels of its noise, such as off,0,35,70,140, at which everything is measured too.
     devices
         Processes that share the work, one per device (without torchrun).
     name
@@ -93,11 +96,14 @@ def evaluate(
         raise UsageError("Name either a run folder or --model with --weights, not both.")
     if run is None and (name is not None or which != "best"):
         raise UsageError("--name and --which belong to a run folder.")
+    if sigma and not guarded:
+        raise UsageError("--sigma is the knob of a purifier: say --guarded too.")
     if run is None and (model is None or data is None):
         raise UsageError(
             "Name a run folder, or a model and data: overproof evaluate --model timm:NAME --weights FILE --data NAME."
         )
     from overproof.report.guards import guard_text
+    from overproof.report.purifier import curve_text
     from overproof.report.words import evaluation_text
     from overproof.run.judging import evaluate_model, evaluate_run
     from overproof.run.launch import processes
@@ -105,20 +111,15 @@ def evaluate(
     kept = ""
     with processes(devices_of(devices)):
         if guarded:
-            result = _behind_guards(
-                run,
-                options,
-                name,
-                trust,
-                others=bool(curve or teacher or transfer_from or fisher or devices or which != "best"),
-            )
+            others = bool(curve or teacher or transfer_from or fisher or devices or which != "best")
+            result = _behind_guards(run, {**options, "sigma": sigma}, name, trust, others=others)
         elif run is not None:
             result = evaluate_run(run, which=which, name=name, trusted=trust, **options)
         else:
             result = evaluate_model(str(model), weights, **options)
     if run is not None:
         kept = f"\n  kept: {run / 'evaluations' / result.summary['name']}.json"
-    text = evaluation_text(result.summary) + (f"\n{guard_text(result.summary)}" if guarded else "")
+    text = evaluation_text(result.summary) + (f"\n{guard_text(result.summary)}{curve_text(result.summary)}" if guarded else "")
     show(result.summary, json_, text + kept)
 
 
@@ -129,9 +130,10 @@ def _behind_guards(run: Path | None, options: dict[str, Any], name: str | None, 
             "guards belong to the weights that they were fitted for, and every attack is made through the guards and on the bare model anyway."
         )
     from overproof.run.guard_evaluation import evaluate_guarded_run
+    from overproof.run.purifying import levels_of
 
-    known = ("attacks", "data", "split", "limit", "seed", "overrides", "sanity")
-    return evaluate_guarded_run(run, name=name, trusted=trust, **{key: options[key] for key in known})
+    known, levels = ("attacks", "data", "split", "limit", "seed", "overrides", "sanity"), levels_of(options["sigma"])
+    return evaluate_guarded_run(run, name=name, trusted=trust, sigma=levels, **{key: options[key] for key in known})
 
 
 def _under(attacks: dict[str, dict[str, Any]], eps: str | None, norm: str | None) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Test-time parts that stand in front of a finished classifier: the cache, the detector, and the classifier they make."""
+"""Test-time parts that stand in front of a finished classifier: purifiers, cache, detector, and the classifier they make."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from overproof.guards.detector import Detector
     from overproof.guards.detector_attacks import SegmentSearch, ThroughNoise, WhiteBox
     from overproof.guards.guarded import Guarded, Verdict
+    from overproof.guards.purifier import NIMPurifier
+    from overproof.guards.purifier_base import Purifier
+    from overproof.guards.purifier_small import SmallPurifier
     from overproof.guards.storage import load_guards, save_guard
 
 GUARDS = Registry("guard", "overproof.guards")
@@ -32,6 +35,22 @@ GUARDS.add(
     url="https://arxiv.org/abs/1910.07629",
     tags=("detector", "rejection"),
 )
+GUARDS.add(
+    "nim",
+    "overproof.guards.purifier:NIMPurifier",
+    summary="Noise, then a pre-trained autoencoder that removes it, before any classifier; how much is chosen at call time.",
+    paper="You, Liu, Han, Xu: Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense, NeurIPS 2023",
+    url="https://arxiv.org/abs/2302.01056",
+    tags=("purifier", "robust"),
+)
+GUARDS.add(
+    "purifier-small",
+    "overproof.guards.purifier_small:SmallPurifier",
+    summary="Noise, then a few convolutions that have learned to rebuild images as the purifier nim does.",
+    paper="You, Liu, Han, Xu: Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense, NeurIPS 2023",
+    url="https://arxiv.org/abs/2302.01056",
+    tags=("purifier", "robust"),
+)
 
 _HOMES = {
     "Answer": "base",
@@ -40,7 +59,10 @@ _HOMES = {
     "Guard": "base",
     "Guarded": "guarded",
     "Judgement": "base",
+    "NIMPurifier": "purifier",
+    "Purifier": "purifier_base",
     "SegmentSearch": "detector_attacks",
+    "SmallPurifier": "purifier_small",
     "ThroughNoise": "detector_attacks",
     "Verdict": "guarded",
     "WhiteBox": "detector_attacks",
@@ -49,8 +71,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "GUARDS", "Answer", "Cache", "Detector", "Guard", "Guarded", "Judgement", "SegmentSearch", "ThroughNoise", "Verdict",
-    "WhiteBox", "load_guards", "save_guard",
+    "GUARDS", "Answer", "Cache", "Detector", "Guard", "Guarded", "Judgement", "NIMPurifier", "Purifier", "SegmentSearch",
+    "SmallPurifier", "ThroughNoise", "Verdict", "WhiteBox", "load_guards", "save_guard",
 ]  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,8 @@ class Guarded(nn.Module):
     """images -> purifier -> (model with cache, detector) -> `Verdict`.
 
     The classifier is the module handed in, not a copy. Gradients pass through the purifier and the cache. With a generator
-    that has streams a batch gives what its images give one by one.
+    that has streams a batch gives what its images give one by one. Where a purifier averages several draws, the probabilities are
+    averaged, in one batch; all else is told of the first draw.
 
     Args:
         model: images (N, C, H, W) in [0, 1] -> logits (N, K).
@@ -60,14 +63,18 @@ class Guarded(nn.Module):
         if cache is None and detector is None and purifier is None:
             raise UsageError("Guarded(model) without a guard is the model; give cache=..., detector=... or purifier=....")
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Verdict:
+    def forward(self, images: Tensor, generator: torch.Generator | None = None, **purifying: Any) -> Verdict:
         """Images (N, C, H, W) in [0, 1] -> `Verdict`.
 
         Args:
             images: floats.
             generator: randomness of the guards, best `attacks.randomness.Streams`; the global generator if None.
+            **purifying: what the purifier takes at call time, such as sigma=70, sigma="off" or draws=4; else its own options.
+
+        Raises:
+            UsageError: something to purify with, and no purifier.
         """
-        logits, seen, parts = self.classify(images, generator)
+        logits, seen, parts = self.classify(images, generator, **purifying)
         score, rejected = torch.zeros_like(logits[:, 0]), torch.zeros(len(images), dtype=torch.bool, device=images.device)
         if self.detector is not None:
             judged: Judgement = self.detector(self.model, seen, Streams.of(generator, images).fork(1))
@@ -75,21 +82,50 @@ class Guarded(nn.Module):
             parts |= {f"detector/{name}": value for name, value in judged.parts.items()}
         return Verdict(logits, logits.softmax(dim=1), score, rejected, parts)
 
-    def classify(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def classify(
+        self, images: Tensor, generator: torch.Generator | None = None, **purifying: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Logits (N, K), the images that the model saw, and what purifier and cache tell; the detector is not asked."""
-        seen, parts = images, {}
+        first, seen, parts = slice(len(images)), images, {}
         if self.purifier is not None:
-            seen = self.purifier(self.model, images, Streams.of(generator, images).fork(0))
-            parts["purified"] = seen
+            seen = self._purified(images, generator, **purifying)
+            parts["purified"] = seen[first]
+        elif purifying:
+            raise UsageError(f"Guarded({', '.join(purifying)}): there is no purifier that could take this; give purifier=....")
         if self.cache is None:
-            return logits_of(self.model, seen), seen, parts
+            return _averaged(logits_of(self.model, seen), len(images)), seen[first], parts
         answer: Answer = self.cache(self.model, seen)
-        parts |= {f"cache/{name}": value for name, value in answer.parts.items()}
-        return answer.logits, seen, parts
+        parts |= {f"cache/{name}": value[first] for name, value in answer.parts.items()}
+        return _averaged(answer.logits, len(images)), seen[first], parts
 
-    def logits_model(self) -> GuardedLogits:
-        """The same as an ordinary classifier, images -> logits, that attacks and evaluations take; it shares everything."""
-        return GuardedLogits(self)
+    def _purified(self, images: Tensor, generator: torch.Generator | None, *, draws: int | None = None, **knobs: Any) -> Tensor:
+        """What the model sees of the images: all first draws, then all second ones, and so on."""
+        assert self.purifier is not None
+        streams, repeats = Streams.of(generator, images).fork(0), getattr(self.purifier, "repeats", None)
+        count = repeats(draws=draws, **knobs) if callable(repeats) else 1
+        if count > 1:
+            images, streams = (
+                images.repeat(count, 1, 1, 1),
+                Streams(torch.cat([streams.fork(draw).keys for draw in range(count)])),
+            )
+        purified: Tensor = self.purifier(self.model, images, streams, **knobs)
+        return purified
+
+    def logits_model(self, **purifying: Any) -> GuardedLogits:
+        """The same as an ordinary classifier, images -> logits, that attacks and evaluations take; it shares everything.
+
+        Args:
+            **purifying: see `forward`.
+        """
+        return GuardedLogits(self, **purifying)
+
+
+def _averaged(logits: Tensor, images: int) -> Tensor:
+    """Logits (R N, K) of R draws -> logarithms of their mean probabilities (N, K); of a single draw the logits themselves."""
+    draws = len(logits) // max(images, 1)
+    if draws <= 1:
+        return logits
+    return logits.log_softmax(dim=1).view(draws, images, logits.shape[1]).logsumexp(dim=0) - math.log(draws)
 
 
 class GuardedLogits(nn.Module):
@@ -97,12 +133,15 @@ class GuardedLogits(nn.Module):
 
     Args:
         guarded: the guarded model.
+        **purifying: see `Guarded.forward`.
     """
 
-    def __init__(self, guarded: Guarded) -> None:
+    own_dice = True  # every row of a batch draws for itself, see `attacks.eot.Averaged`
+
+    def __init__(self, guarded: Guarded, **purifying: Any) -> None:
         super().__init__()
-        self.guarded = guarded
+        self.guarded, self.purifying = guarded, purifying
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] -> logits (N, K)."""
-        return self.guarded.classify(images)[0]
+        return self.guarded.classify(images, **self.purifying)[0]

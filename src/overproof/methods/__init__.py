@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from overproof.methods.nim_entries import NOISY_IMAGES
 from overproof.registry import Registry
 
 if TYPE_CHECKING:
@@ -208,6 +209,8 @@ METHODS.add(
     url="https://arxiv.org/abs/1909.06137",
     tags=("penalty",),
 )
+for _name, _about in NOISY_IMAGES.items():
+    METHODS.add(_name, **_about)
 METHODS.add(
     "composed",
     "overproof.methods.composed:Composed",

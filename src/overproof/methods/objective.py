@@ -80,6 +80,10 @@ class Objective(nn.Module, ABC):
         """Parameters that the optimiser of `phase` updates."""
         return (p for p in self.parameters() if p.requires_grad)
 
+    def groups(self, phase: str = "train") -> list[dict[str, Any]]:
+        """The same for the optimiser: tables with "params", options of their own, and "lr_scale", a factor of the learning rate."""
+        return [{"params": list(self.trainable(phase))}]
+
     def trained_state(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold: student and adapters, not the teacher."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("teacher.")}

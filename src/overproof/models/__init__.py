@@ -96,6 +96,21 @@ _add(
     paper="Dosovitskiy et al.: An Image is Worth 16x16 Words, ICLR 2021",
     url="https://arxiv.org/abs/2010.11929",
 )
+for _size, _about in (
+    ("digits", "for images of 8 pixels"),
+    ("small", "for images of 28 or 32 pixels, on a CPU"),
+    ("cifar", "for images of 28 or 32 pixels"),
+    ("b16", "of the size of ViT-B/16, for images of 224 pixels"),
+    ("l16", "of the size of ViT-L/16, for images of 224 pixels"),
+):
+    _add(
+        "autoencoder",
+        f"vit-ae-{_size}",
+        f"Vision transformer with a decoder, {_about}: for nim and mim.",
+        ("transformer", "autoencoder", "large") if _size.endswith("16") else ("transformer", "autoencoder"),
+        paper="He, Chen, Xie, Li, Dollar, Girshick: Masked Autoencoders Are Scalable Vision Learners, CVPR 2022",
+        url="https://arxiv.org/abs/2111.06377",
+    )
 
 _HOMES = {
     "Classifier": "classifier",

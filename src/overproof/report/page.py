@@ -16,6 +16,7 @@ from overproof.report.drawing import swatch
 from overproof.report.gallery import pictures
 from overproof.report.guards import guard_rows, remembered
 from overproof.report.learned import learned
+from overproof.report.purifier import purified
 from overproof.report.reading import Run, read_runs
 from overproof.report.seeds import group_by_seed
 from overproof.report.table import amount, binomial, bounded, columns, duration, percent, row, work
@@ -84,6 +85,7 @@ def _content(runs: list[Run], title: str | None, baseline: str | None) -> dict[s
         "learned": [told for run in runs if (told := learned(run))],
         "robustness": charts.robustness(runs),
         "caches": [told for told in map(remembered, runs) if told],
+        "purifiers": [through for run in runs if (through := purified(run))],
         "detections": [seen for run in runs if (seen := detected(run))],
         "classes": charts.per_class(runs),
         "confusion": [chart for run in runs if (chart := maps.confusion(run))],

@@ -30,9 +30,11 @@ from overproof.guards.cache_memory import CacheMemory
 from overproof.guards.detector import Detector
 from overproof.guards.detector_attacks import SegmentSearch
 from overproof.guards.guarded import Guarded
+from overproof.guards.purifier_base import Level
 from overproof.networks import device_of, on_device
 from overproof.run.guarding import guard_data, load_guarded
 from overproof.run.judging import check_name, free_name, name_of, part_of
+from overproof.run.purifying import check_levels, patient, purifier_pictures, sigma_curve
 
 TRANSFER = "-transfer"
 SEARCH = "segment-search"
@@ -48,25 +50,33 @@ def evaluate_guarded(
     seed: int = 0,
     device: torch.device | str | None = None,
     sanity: int = 128,
+    sigma: Sequence[Level] = (),
 ) -> Evaluation:
     """Measure a guarded model: clean, under attacks through its guards, and under attacks made on the bare model.
 
     Only the first kind of attack says whether the model is robust; the second shows what its guards stop in those who do not
-    know of them. With a detector, every attack also starts a search for points that the detector takes for natural.
+    know of them. With a detector, every attack also starts a search for points that the detector takes for natural. Before a
+    purifier no attack stops early: where dice are rolled, a lucky pass is no success.
 
     Args:
         guarded: the model with its guards.
         data, attacks, batch_size, seed, device, sanity: as in `overproof.evaluate`.
+        sigma: levels of the purifier's noise, or "off", at which everything is measured once more: the knob as a curve.
 
     Returns:
         An evaluation of the model behind its guards, each attack also as "NAME-transfer". Its summary has a table "guard":
         "clean" and "clean_without", "clean_rejected", for each attack the share "wrong_and_not_rejected" of the images that are
-        right untouched ("without": of the bare model), and the "strongest"; with a detector there is a table "detection" too.
+        right untouched ("without": of the bare model), and the "strongest"; with a detector there is a table "detection" too, with
+        `sigma` a table "purifier", see `sigma_curve`.
 
     Raises:
-        UsageError: the images are in the cache, an unknown attack, or a detector of another kind than `Detector`.
+        UsageError: the images are in the cache, an unknown attack, a detector of another kind than `Detector`, or levels where no
+            purifier has that knob.
     """
+    check_levels(guarded, sigma)
     made, images = make_attacks(attacks), images_of(data)
+    if guarded.purifier is not None:
+        made = {name: patient(attack) for name, attack in made.items()}
     place = torch.device(device) if device is not None else device_of(guarded.model)
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": place}
     if guarded.detector is not None and not isinstance(guarded.detector, Detector):
@@ -84,7 +94,11 @@ def evaluate_guarded(
     detection = _detection(guarded, images, tried, **common) if guarded.detector is not None else None
     facts = {**_table(result, bare or result, detection), "guards": _places(guarded), "remembered": known}
     more = {} if detection is None else {"detection": detection}
-    return Evaluation({**result.summary, "guard": facts, **more}, result.samples, result.gallery)
+    if sigma:
+        with on_device(guarded, place):
+            more["purifier"] = sigma_curve(guarded, images, tried, sigma, **common)
+    shown = purifier_pictures(guarded, result.gallery)
+    return Evaluation({**result.summary, "guard": facts, **more}, result.samples, {**result.gallery, **shown})
 
 
 def _places(guarded: Guarded) -> list[str]:
@@ -199,10 +213,11 @@ def evaluate_guarded_run(
     name: str | None = None,
     seed: int = 0,
     sanity: int = 128,
+    sigma: Sequence[Level] = (),
     overrides: Sequence[str] = (),
     trusted: bool = False,
 ) -> Evaluation:
-    """Evaluate the model of a run folder behind its guards and keep the result in it; options as in `evaluate_run`.
+    """Evaluate the model of a run folder behind its guards and keep the result in it; options as in `evaluate_run` and `evaluate_guarded`.
 
     Raises:
         FolderError: no such run or guards.
@@ -221,13 +236,14 @@ def evaluate_guarded_run(
         batch_size=config.evaluation.batch_size,
         seed=seed,
         sanity=sanity,
+        sigma=sigma,
     )
     described = {place: _short(getattr(guarded, place).describe()) for place in _places(guarded)}
     protocol: dict[str, Any] = {
         "attacks": {key: facts["attack"] for key, facts in result.summary["attacks"].items()},
         "guards": described,
     }
-    protocol |= {"data": splits.name, "split": split, "limit": limit, "seed": seed}
+    protocol |= {"data": splits.name, "split": split, "limit": limit, "seed": seed, **({"sigma": list(sigma)} if sigma else {})}
     summary = {**result.summary, "data": splits.name, "split": split, "model": config.model.name, "protocol": plain(protocol)}
     summary["name"] = free_name(folder, wanted, summary["protocol"])
     done = Evaluation(summary, result.samples, result.gallery)

@@ -21,10 +21,12 @@ from overproof.guards import GUARDS
 from overproof.guards.base import Guard
 from overproof.guards.cache import Cache
 from overproof.guards.guarded import Guarded
+from overproof.guards.purifier_base import Purifier
 from overproof.guards.storage import HOME, describe_guards, load_guards, save_guard
 from overproof.models.weights import load_model
 from overproof.networks import device_of
 from overproof.run.prepare import USER, data_of
+from overproof.run.purifying import fit_purifier
 
 SHOWN, NEIGHBOURS = 8, 5  # test images in the report, and neighbours of each
 READ = 1024  # images of a streamed set at a time
@@ -38,6 +40,7 @@ def fit_guards(
     which: Literal["best", "last"] = "best",
     data: str | None = None,
     tune: bool = True,
+    pretrained: str | Path | None = None,
     overrides: Sequence[str] = (),
     trusted: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -45,6 +48,7 @@ def fit_guards(
 
     A cache remembers the training images, is tuned on the validation part, and then remembers that part too, as the paper does.
     A detector is fitted on the validation part. Test images are looked at by nobody, but for a few pictures in the report.
+    There is one purifier: a new one takes the place of any other.
 
     Args:
         run: a run folder with weights.
@@ -52,6 +56,7 @@ def fit_guards(
         which: weights, "best" or "last".
         data: another set than the run's own.
         tune: choose the options that can be tuned on the validation part; False leaves them as they are given.
+        pretrained: of purifiers: a run with the method nim or mim, whose autoencoder is taken; None: they train on the training images.
         overrides: "data.key=value" for the configuration of the data.
         trusted: allow a folder that names a package.module:callable to import and run it.
 
@@ -59,12 +64,18 @@ def fit_guards(
         What was fitted, by name.
 
     Raises:
-        UsageError: no guard, an unknown one or an unknown option, or no validation part for a detector.
+        UsageError: no guard, an unknown one or an unknown option, no validation part for a detector, or a pre-training for no purifier.
         FolderError: no such run or weights.
     """
     if not guards:
         raise UsageError(f"Name the guards to be fitted; known are {', '.join(GUARDS.names())}.")
     made: dict[str, Guard] = {name: GUARDS.create(name, **options) for name, options in guards.items()}
+    purifiers = [name for name, guard in made.items() if guard.place == "purifier"]
+    if len(purifiers) > 1 or (pretrained is not None and not purifiers):
+        raise UsageError(
+            f"Purifiers named: {', '.join(purifiers) or 'none'}. A model has one, and a pre-training is for it: choose nim or "
+            "purifier-small."
+        )
     folder = RunFolder(run).require()
     splits = guard_data(resolve(folder.config), data, overrides)
     model = load_model(folder.path, which, trusted=trusted).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,15 +83,27 @@ def fit_guards(
         console.note(f"fitting the {name} of {folder.path}")
         if isinstance(guard, Cache):
             _fit_cache(guard, model, splits, tune=tune, given=guards[name])
+        elif isinstance(guard, Purifier):
+            fit_purifier(guard, model, *_tensors(splits.train), run=folder.path, pretrained=pretrained, trusted=trusted)
         else:
             part = _needed(splits, guard.place) if guard.place == "detector" else splits.train
             guard.fit(model, *_tensors(part))
             if tune and splits.validation is not None:
                 guard.tune(model, *_tensors(splits.validation))
         save_guard(guard, folder.path, name, weights=which, data=splits.name, classes=list(splits.classes))
+        if guard.place == "purifier":
+            _replace_others(folder.path, name)
         if isinstance(guard, Cache):
             write_arrays(folder.path / HOME / f"{name}.npz", _pictures(guard, model, splits))
     return {name: guard.describe() for name, guard in made.items()}
+
+
+def _replace_others(run: Path, name: str) -> None:
+    for other, facts in describe_guards(run).items():
+        if other != name and facts.get("place") == "purifier":
+            console.note(f"note: {name} takes the place of the purifier {other}.")
+            for suffix in ("json", "safetensors"):
+                (run / HOME / f"{other}.{suffix}").unlink(missing_ok=True)
 
 
 def guard_data(config: RunConfig, data: str | None, overrides: Sequence[str] = ()) -> Splits:

@@ -99,7 +99,9 @@ def _check_alone(attack: Attack) -> None:
     assert bool((apart <= 1e-6).all()), f"a batch gives other images than its images one by one: differences {apart.tolist()}"
 
 
-def check_method(build: Callable[..., Objective], *, teacher: bool = True) -> None:
+def check_method(
+    build: Callable[..., Objective], *, teacher: bool = True, network: Callable[[int], nn.Module] = small_model
+) -> None:
     """Assert the contract of a method.
 
     One forward returns named, finite, differentiable 0-d terms and logits (N, K) for every phase; the student learns from
@@ -109,11 +111,12 @@ def check_method(build: Callable[..., Objective], *, teacher: bool = True) -> No
     Args:
         build: called as `build(student, teacher)`, or `build(student)` without a teacher.
         teacher: whether the method takes one.
+        network: makes student and teacher from a seed, for methods that do not take any network: images (N, 1, 8, 8) -> logits (N, 3).
 
     Raises:
         AssertionError: names what was broken.
     """
-    student, master = small_model(0), small_model(1).eval()
+    student, master = network(0), network(1).eval()
     objective = build(student, master) if teacher else build(student)
     objective.train()
     batch, progress = small_batch(8), Progress(step=3, total=10, epoch=1)
@@ -127,7 +130,7 @@ def check_method(build: Callable[..., Objective], *, teacher: bool = True) -> No
         torch.manual_seed(0)
         _assert_repeats(objective, batch, progress, phase)
         _assert_descends(objective, batch, progress, phase, losses.keys())
-    _check_state(objective, build, teacher)
+    _check_state(objective, build, [network(2), *([network(1).eval()] if teacher else [])])
 
 
 def _check_forward(objective: Objective, batch: Batch, progress: Progress, phase: str) -> dict[str, Tensor]:
@@ -175,10 +178,10 @@ def _assert_descends(objective: Objective, batch: Batch, progress: Progress, pha
     assert min(totals[1:]) < totals[0], f"twelve small steps did not lower the loss: {totals[0]:.4g} -> {totals[-1]:.4g}"
 
 
-def _check_state(objective: Objective, build: Callable[..., Objective], teacher: bool) -> None:
+def _check_state(objective: Objective, build: Callable[..., Objective], networks: list[nn.Module]) -> None:
     saved = copy.deepcopy(objective.trained_state())
     assert not any(name.startswith("teacher.") for name in saved), "trained_state holds the teacher"
-    other = build(small_model(2), small_model(1).eval()) if teacher else build(small_model(2))
+    other = build(*networks)
     other.load_trained_state(saved)
     for name, value in other.trained_state().items():
         assert torch.equal(value, saved[name]), f"load_trained_state did not restore {name}"

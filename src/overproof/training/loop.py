@@ -81,7 +81,7 @@ class Trainer:
             for network in (objective.student, objective.teacher):
                 if network is not None:
                     network.compile()
-        bare = [make_optimizer(config, objective.trainable(phase)) for phase in objective.phases]
+        bare = [make_optimizer(config, objective.groups(phase)) for phase in objective.phases]
         self.wrapped, *optimizers = self.fabric.setup(Plain(objective), *bare)
         self.optimizers = dict(zip(objective.phases, optimizers, strict=True))
 
@@ -167,7 +167,7 @@ class Trainer:
         rate = learning_rate(self.config, self.step, self.total)
         for phase, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             output = self._gradients(parcel, phase, optimizer)
             if self.config.clip is not None:
                 # Under 16-mixed infinite gradients are normal: the scaler then skips the step.
@@ -223,9 +223,8 @@ class Trainer:
 
     def _keep(self, epoch: int, record: dict[str, Any]) -> None:
         """Write the last weights, and the best ones; note down a collapse."""
-        found = (
-            record.get("validation", {}) if self.objective.answers else {}
-        )  # of a head that was never trained: the last counts
+        # Of a head that is not trained, or of no head at all, accuracy says nothing: the last weights count.
+        found = record.get("validation", {}) if self.objective.answers else {}
         better, alarm = self.selection.better(epoch, found), self.selection.alarm(epoch, found)
         record |= {"alarm": alarm} if alarm else {}
         if self.fabric.is_global_zero:

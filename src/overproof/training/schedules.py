@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,14 +37,15 @@ def _one_cycle(done: float, rise: float = 0.3, first: float = 1 / 25, last: floa
     return low + (1 - low) * (1 + math.cos(math.pi * part)) / 2
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser named in `config` over `parameters`."""
-    parameters, decay = list(parameters), config.weight_decay
+def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter | dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser named in `config` over `parameters`, or over groups of them with options of their own."""
+    groups: list[Any] = list(parameters)
+    decay = config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, config.lr, config.momentum, weight_decay=decay, nesterov=config.nesterov and config.momentum > 0
+            groups, config.lr, config.momentum, weight_decay=decay, nesterov=config.nesterov and config.momentum > 0
         )
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, config.lr, momentum=config.momentum, weight_decay=decay)
+        return torch.optim.RMSprop(groups, config.lr, momentum=config.momentum, weight_decay=decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, config.lr, weight_decay=decay)
+    return kind(groups, config.lr, weight_decay=decay)
