@@ -34,7 +34,7 @@ from overproof.guards.detector import Detector
 from overproof.guards.storage import load_guard
 from overproof.models import create_model
 from overproof.networks import digest
-from overproof.run.guard_evaluation import _Beside, _search
+from overproof.run.guard_detection import Beside, _search
 from overproof.run.guarding import _fit_cache, fit_guards
 from overproof.testing import check_guard, small_batch, small_model
 
@@ -622,7 +622,7 @@ def test_the_detector_is_shown_what_the_purifier_leaves() -> None:
     streams = Streams.named(torch.arange(len(images)), 0)
     deployed = guarded(images, streams)
     shown = detector.shown
-    judge = _Beside(guarded, detector)
+    judge = Beside(guarded, detector)
     measured = judge(guarded.logits_model(), images, Streams.named(torch.arange(len(images)), 0))
     assert torch.equal(shown, deployed.parts["purified"])
     assert not torch.equal(shown, images)
