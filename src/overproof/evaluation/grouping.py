@@ -40,7 +40,9 @@ def group_figures(
     if worst < 1:
         raise UsageError(f"The mean of the worst {worst} groups was asked for; give at least 1.")
     first = _same_images(models)
-    count = np.bincount(first.group, minlength=len(names))
+    size = max(len(names), int(first.group.max()) + 1)
+    names = [*names, *map(str, range(len(names), size))]
+    count = np.bincount(first.group, minlength=size)
     known = {model.name: model for model in models}
     figures = [_figures(model, known.get(model.alone), names, worst, reliability) for model in models]
     return GroupReport(
@@ -122,7 +124,7 @@ def _changes(mine: Mapping[int, Record], alone: Mapping[int, Record], names: Seq
 
 
 def _correlation(changes: Sequence[Change], reliability: Sequence[float] | None) -> float | None:
-    if reliability is None:
+    if reliability is None or any(change.group >= len(reliability) for change in changes):
         return None
     return spearman([reliability[change.group] for change in changes], [change.difference for change in changes])
 

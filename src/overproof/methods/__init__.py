@@ -209,6 +209,22 @@ METHODS.add(
     tags=("penalty",),
 )
 METHODS.add(
+    "ada-alpha",
+    "overproof.methods.ada_alpha:AdaAlpha",
+    summary="Labels and teacher, mixed class by class by how far the teacher is right about images it has not learned from.",
+    paper="Lukasik, Bhojanapalli, Menon, Kumar: Teacher's Pet: Understanding and Mitigating Biases in Distillation, TMLR 2022",
+    url="https://arxiv.org/abs/2106.10494",
+    tags=("distillation", "logits"),
+)
+METHODS.add(
+    "ada-margin",
+    "overproof.methods.ada_margin:AdaMargin",
+    summary="Distillation with margins that lift classes about which the teacher is unreliable.",
+    paper="Lukasik, Bhojanapalli, Menon, Kumar: Teacher's Pet: Understanding and Mitigating Biases in Distillation, TMLR 2022",
+    url="https://arxiv.org/abs/2106.10494",
+    tags=("distillation", "logits"),
+)
+METHODS.add(
     "composed",
     "overproof.methods.composed:Composed",
     summary="Several methods at once, over one forward pass of each network.",

@@ -14,6 +14,7 @@ from overproof import console
 from overproof.errors import FolderError, UnknownNameError
 from overproof.folder import RunFolder, atomic, read_json, write_json
 from overproof.run.comparing import similarities
+from overproof.run.grouping import losers
 from overproof.run.recipes import Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.seeds import figures, mean_and_error
 from overproof.training.safety import Interrupted
@@ -120,6 +121,8 @@ def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[An
     """The figure of one run; comparisons of two runs are made once and kept in `alike`."""
     if not figure.against:
         return figures(named[run], figure.evaluation)[figure.metric]
+    if figure.metric in ("fell", "paid"):
+        return losers(named[run], named[figure.against], figure.evaluation)[figure.metric]
     key = (named[run].path, named[figure.against].path, figure.evaluation.removeprefix("test-"))
     if key not in alike:
         alike[key] = similarities(*key)
