@@ -127,7 +127,9 @@ def test_adaalpha_is_the_mixture_of_two_losses() -> None:
     alpha = torch.linspace(0, 1, len(labels), dtype=torch.float64)
     ours = cross_entropy(logits, mixed_target(target, labels, alpha))
     soft = -(target * logits.log_softmax(1)).sum(1)
-    torch.testing.assert_close(ours, (1 - alpha) * F.cross_entropy(logits, labels, reduction="none") + alpha * soft, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        ours, (1 - alpha) * F.cross_entropy(logits, labels, reduction="none") + alpha * soft, atol=1e-12, rtol=0
+    )
     assert float(ours[0]) == pytest.approx(float(F.cross_entropy(logits[:1], labels[:1])), abs=1e-12)
     assert float(ours[-1]) == pytest.approx(float(soft[-1]), abs=1e-12)
     mixed = mixed_target(target, F.one_hot(labels, K).double(), alpha)  # labels as class weights say the same
@@ -138,7 +140,7 @@ def test_adaalpha_is_the_mixture_of_two_losses() -> None:
 def test_a_constant_alpha_is_plain_distillation(alpha: float) -> None:
     student, teacher, batch = small_model(0).eval(), small_model(1).eval(), small_batch()
     method = AdaAlpha(student, teacher, power=0.0, max_alpha=alpha, temperature=3.0).eval()
-    method.study([batch])
+    method.study([small_batch(40)])
     loss = method(batch, NOW).losses["ada-alpha"]
     with torch.no_grad():
         z, p = student(batch.images), (teacher(batch.images) / 3).softmax(1)
@@ -150,7 +152,7 @@ def test_adaalpha_gradient_and_class_of_the_label() -> None:
     target, logits, labels = drawn(10)
     teacher = Table(target.log() * 2)
     student, batch = Table(logits), numbered(labels)
-    method = studied(AdaAlpha(student, teacher, max_alpha=0.8, power=2.0, temperature=2.0), batch)
+    method = studied(AdaAlpha(student, teacher, max_alpha=0.8, power=2.0, temperature=2.0, few=0), batch)
     g = torch.stack([label_margin((target.log() * 2).softmax(1), labels)[labels == c].mean() for c in range(K)])
     torch.testing.assert_close(method.measured, g.float())
     alpha = 0.8 * g.clamp(0, 1) ** 2
@@ -171,7 +173,7 @@ def test_tabular_student_ends_at_the_mixture_and_flips_where_it_must() -> None:
         assert float(logits.grad.abs().max()) < 1e-12
         assert int(logits.argmax()) == wins
         elsewhere = cross_entropy(logits + torch.tensor([[0.1, -0.1, 0.0]]), mixed)
-        assert float(elsewhere) > float(cross_entropy(logits, mixed))
+        assert float(elsewhere.detach()) > float(cross_entropy(logits, mixed).detach())
 
 
 def fitted(method: Any, batch: Batch, steps: int = 400) -> Tensor:
@@ -190,7 +192,7 @@ def test_a_teachers_bias_is_handed_on_by_distillation_and_not_by_adaalpha() -> N
     teacher, batch = Table(20 * F.one_hot(believed, 4).double()), numbered(labels)
     blank = torch.zeros(12, 4, dtype=torch.float64)
     plain = studied(AdaAlpha(Table(blank), teacher, power=0.0), batch)
-    careful = studied(AdaAlpha(Table(blank), teacher), batch)
+    careful = studied(AdaAlpha(Table(blank), teacher, few=0), batch)
     assert careful.weights()["alpha"].tolist() == pytest.approx([1, 1, 0, 1], abs=1e-6)
     torch.testing.assert_close(fitted(plain, batch), believed)
     torch.testing.assert_close(fitted(careful, batch), labels)
@@ -215,7 +217,9 @@ def test_margin_forms_are_their_definition(form: str) -> None:
     target, logits, _ = drawn()
     rho = torch.tensor([0.9, 0.4, 0.0, -0.2, 0.7], dtype=torch.float64)
     delta = rho[None, :] - rho[:, None] if form == "pairwise" else rho[:, None].expand(K, K)
-    torch.testing.assert_close(margin_cross_entropy(target, logits, rho, form=form), naive(target, logits, delta), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        margin_cross_entropy(target, logits, rho, form=form), naive(target, logits, delta), atol=1e-12, rtol=0
+    )
     plain = -(target * logits.log_softmax(1)).sum(1)
     torch.testing.assert_close(margin_cross_entropy(target, logits, 0 * rho, form=form), plain, atol=1e-12, rtol=0)
 
@@ -227,7 +231,10 @@ def test_margins_by_class_and_by_image() -> None:
     torch.testing.assert_close(moved, margin_cross_entropy(target, logits, rho), atol=1e-12, rtol=0)
     by_image = torch.linspace(0, 1, len(logits), dtype=torch.float64)[:, None]
     ours = margin_cross_entropy(target, logits, by_image, form="target")
-    apart = [margin_cross_entropy(t[None], z[None], m.expand(K), form="target") for t, z, m in zip(target, logits, by_image, strict=True)]
+    apart = [
+        margin_cross_entropy(t[None], z[None], m.expand(K), form="target")
+        for t, z, m in zip(target, logits, by_image, strict=True)
+    ]
     torch.testing.assert_close(ours, torch.cat(apart), atol=1e-12, rtol=0)
 
 
@@ -351,7 +358,7 @@ def test_as_a_part_of_others() -> None:
     student, teacher, batch = small_model(0), small_model(1).eval(), small_batch(12)
     both = METHODS.create("composed", student, teacher, methods=("ada-alpha", "sp"))
     inner = next(part for part in both.modules() if isinstance(part, AdaAlpha))
-    inner.study([batch])
+    inner.study([small_batch(40)])
     assert "ada-alpha" in both(batch, NOW).losses
     assert any(name.endswith("measured") for name in both.trained_state())
 
@@ -404,7 +411,9 @@ def test_a_run_measures_before_it_trains_and_keeps_what_it_found(runs: Path, tmp
     assert run.folder.data["counts"]["train"] == torch.bincount(data.train.labels, minlength=10).tolist()
     from safetensors.torch import load_file
 
-    assert not [name for name in load_file(run.path / "weights" / "best.safetensors") if "measured" in name]  # the student alone
+    assert not [
+        name for name in load_file(run.path / "weights" / "best.safetensors") if "measured" in name
+    ]  # the student alone
     assert overproof.resume(run.path).path == run.path
 
 
@@ -424,13 +433,26 @@ def test_reliability_from_training_images_is_refused(runs: Path, tmp_path: Path)
     assert not (tmp_path / "r").exists()
     assert go(teacher="greedy", allow_training_images=True).folder.method["held_out"] == "validation"
     forced = overproof.distill(
-        "mlp", runs / "teacher", "digits", method="ada-margin", out=tmp_path / "t", held_out="train", allow_training_images=True, **BRIEF
+        "mlp",
+        runs / "teacher",
+        "digits",
+        method="ada-margin",
+        out=tmp_path / "t",
+        held_out="train",
+        allow_training_images=True,
+        **BRIEF,
     )
     assert sum(forced.folder.method["counts"]) == 1078
     honest = overproof.distill(
-        "mlp", runs / "greedy", "digits", method="ada-alpha", out=tmp_path / "h", **{**BRIEF, "validation": 0.5}, validation_from="test"
+        "mlp",
+        runs / "greedy",
+        "digits",
+        method="ada-alpha",
+        out=tmp_path / "h",
+        **{**BRIEF, "validation": 0.5},
+        validation_from="test",
     )
-    assert sum(honest.folder.method["counts"]) == 225
+    assert sum(honest.folder.method["counts"]) == 223  # half of the 450 test images, rounded by class
 
 
 def test_a_teacher_that_learned_less_has_seen_less(runs: Path, tmp_path: Path) -> None:
@@ -475,8 +497,8 @@ def test_a_run_by_subgroup(tmp_path: Path) -> None:
     assert (summary["name"], summary["names"], summary["count"]) == ("camera", ["old", "new"], [4, 4])
     assert run.folder.arrays("test-best")["group"].tolist() == numbers[16:24].tolist()
     wrong = parts[1].with_attribute(Attribute("camera", ("new", "old"), numbers))
+    data = Splits(train=parts[0], validation=wrong, test=parts[2])
     with pytest.raises(UsageError, match="they must be the same, in the same order"):
-        data = Splits(train=parts[0], validation=wrong, test=parts[2])
         overproof.distill(small_model(0), teacher, data, method="ada-alpha", out=tmp_path / "b", **brief)
 
 

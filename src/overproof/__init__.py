@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from overproof.run.api import train as train
     from overproof.run.execute import Run as Run
     from overproof.run.execute import resume as resume
-    from overproof.run.guard_evaluation import evaluate_guarded as evaluate_guarded
     from overproof.run.grouping import group_report as group_report
+    from overproof.run.guard_evaluation import evaluate_guarded as evaluate_guarded
     from overproof.run.guarding import fit_guards as fit_guards
     from overproof.run.guarding import load_guarded as load_guarded
     from overproof.run.predicting import predict as predict

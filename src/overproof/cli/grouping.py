@@ -43,7 +43,5 @@ def groups(
     from overproof.report.group_text import groups_text
     from overproof.run.grouping import group_report
 
-    found = group_report(
-        runs, alone=alone, by=by, worst=worst, evaluation=evaluation, reliability=reliability, trusted=trust
-    )
+    found = group_report(runs, alone=alone, by=by, worst=worst, evaluation=evaluation, reliability=reliability, trusted=trust)
     show(found.summary, json_, groups_text(found))

@@ -152,7 +152,9 @@ def _by_file(parts: Parts, rows: list[dict[str, Any]], path: Path) -> dict[str, 
     for part, images in parts.items():
         files = images.files
         if not files:
-            raise DataError(f"{path} tells files apart, but the images of {images.name} have no names. Use the columns part and index.")
+            raise DataError(
+                f"{path} tells files apart, but the images of {images.name} have no names. Use the columns part and index."
+            )
         missing = [files[i] for i in images.index.tolist() if files[i] not in known]
         if missing:
             raise DataError(

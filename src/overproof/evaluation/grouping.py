@@ -133,7 +133,8 @@ def shares(groups: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     """Mean of `values` (N,) in each of `size` groups; NaN for a group without images."""
     count = np.bincount(groups, minlength=size)
     total = np.bincount(groups, weights=values.astype(float), minlength=size)
-    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    found: np.ndarray = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    return found
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:

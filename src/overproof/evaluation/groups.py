@@ -51,7 +51,9 @@ class Record:
         if missing:
             raise DataError(f"The evaluation has no rows for {', '.join(sorted(missing))}. Evaluate the run again.")
         if by == "attribute" and "group" not in samples:
-            raise DataError("The evaluation does not know the subgroups of its images. Name them with data.attribute=... and evaluate again.")
+            raise DataError(
+                "The evaluation does not know the subgroups of its images. Name them with data.attribute=... and evaluate again."
+            )
         order = np.argsort(samples["index"], kind="stable")
         rows = {name: samples[name][order] for name in ("index", "label", "prediction")}
         margin = (classes * np.exp(-samples["nll"][order].astype(float)) - 1) / (classes - 1) if "nll" in samples else None

@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 Z = 1.959964  # of a 95 % interval
-_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)  # the same for 1 to 10 degrees of freedom
+_T = (
+    12.7062,
+    4.3027,
+    3.1824,
+    2.7764,
+    2.5706,
+    2.4469,
+    2.3646,
+    2.3060,
+    2.2622,
+    2.2281,
+)  # the same for 1 to 10 degrees of freedom
 
 
 def wilson(hits: float, count: int) -> list[float]:

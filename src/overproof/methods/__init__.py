@@ -208,22 +208,13 @@ METHODS.add(
     url="https://arxiv.org/abs/1909.06137",
     tags=("penalty",),
 )
-METHODS.add(
-    "ada-alpha",
-    "overproof.methods.ada_alpha:AdaAlpha",
-    summary="Labels and teacher, mixed class by class by how far the teacher is right about images it has not learned from.",
-    paper="Lukasik, Bhojanapalli, Menon, Kumar: Teacher's Pet: Understanding and Mitigating Biases in Distillation, TMLR 2022",
-    url="https://arxiv.org/abs/2106.10494",
-    tags=("distillation", "logits"),
-)
-METHODS.add(
-    "ada-margin",
-    "overproof.methods.ada_margin:AdaMargin",
-    summary="Distillation with margins that lift classes about which the teacher is unreliable.",
-    paper="Lukasik, Bhojanapalli, Menon, Kumar: Teacher's Pet: Understanding and Mitigating Biases in Distillation, TMLR 2022",
-    url="https://arxiv.org/abs/2106.10494",
-    tags=("distillation", "logits"),
-)
+for _name, _target, _summary in (
+    ("ada-alpha", "ada_alpha:AdaAlpha", "Labels and teacher, mixed by how far it is right about held-out images of the class."),
+    ("ada-margin", "ada_margin:AdaMargin", "Distillation whose margins lift classes that the teacher is unreliable about."),
+):
+    _paper = "Lukasik, Bhojanapalli, Menon, Kumar: Teacher's Pet: Understanding and Mitigating Biases in Distillation, TMLR"
+    _about = {"paper": f"{_paper} 2022", "url": "https://arxiv.org/abs/2106.10494", "tags": ("distillation", "logits")}
+    METHODS.add(_name, f"overproof.methods.{_target}", summary=_summary, **_about)
 METHODS.add(
     "composed",
     "overproof.methods.composed:Composed",

@@ -70,9 +70,7 @@ class AdaAlpha(AdaObjective):
     def forward(self, batch: Batch, progress: Progress, phase: str = "train") -> Output:
         """One step's loss."""
         target, logits = self.soft_labels(batch), self.student(batch.images)
-        if self.known:
-            alpha = self.by_image(self.weights()["alpha"], batch)
-        else:
-            alpha = torch.full((len(batch),), self.max_alpha, device=target.device)
+        even = torch.full((len(batch),), self.max_alpha, device=target.device)
+        alpha = self.by_image(self.weights()["alpha"], batch) if self.known else even
         loss = cross_entropy(wide(logits), mixed_target(target, batch.labels, alpha))
         return Output({"ada-alpha": loss.mean()}, logits)

@@ -123,11 +123,19 @@ class AdaObjective(Objective):
     def by_image(self, values: Tensor, batch: Batch) -> Tensor:
         """Of `values` (G,) by group those (N,) of the batch's images; an image mixed of two classes gets its share of both."""
         if self.group == "class":
-            return values[batch.labels] if batch.labels.dim() == 1 else batch.labels @ values[: batch.labels.shape[1]].to(batch.labels)
+            return (
+                values[batch.labels]
+                if batch.labels.dim() == 1
+                else batch.labels @ values[: batch.labels.shape[1]].to(batch.labels)
+            )
         if batch.labels.dim() == 2:
-            raise UsageError('Mixed images belong to two subgroups at once: leave out mixup and cutmix, or say method.group="class".')
+            raise UsageError(
+                'Mixed images belong to two subgroups at once: leave out mixup and cutmix, or say method.group="class".'
+            )
         if self._groups is None:
-            raise UsageError('method.group="attribute": the subgroups of the training images are not known; call `study` with train_groups.')
+            raise UsageError(
+                'method.group="attribute": the subgroups of the training images are not known; call `study` with train_groups.'
+            )
         if self._groups.device != batch.index.device:
             self._groups = self._groups.to(batch.index.device)
         return values[self._groups[batch.index]]
@@ -156,4 +164,4 @@ class AdaObjective(Objective):
             known = state_dict.get(f"{prefix}{name}")
             if known is not None:
                 setattr(self, name, known.to(device_of(self.student), copy=True))
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)

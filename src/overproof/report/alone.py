@@ -51,7 +51,9 @@ def _match(run: Run, other: Run) -> Match | None:
         return None
     if run.config.get("seed") != other.config.get("seed") or run.section("model") != other.section("model"):
         return None
-    if number(run.model.get("parameters")) != number(other.model.get("parameters")):  # a network of the caller's has no other name
+    if number(run.model.get("parameters")) != number(
+        other.model.get("parameters")
+    ):  # a network of the caller's has no other name
         return None
     robust = is_robust(run)
     if robust != is_robust(other) or not (robust or other.section("method").get("name") == "ce"):
@@ -123,4 +125,6 @@ def record_of(run: Run, evaluation: str | None = None, *, by: By = "class") -> R
 def group_names(run: Run, evaluation: str | None = None, *, by: By = "class") -> list[str]:
     """Names of the classes, or of the subgroups, of an evaluation."""
     found = run.evaluations.get(evaluation or run.chosen or "", {})
-    return [str(name) for name in (found.get("classes", []) if by == "class" else items(table(found.get("attribute")).get("names")))]
+    return [
+        str(name) for name in (found.get("classes", []) if by == "class" else items(table(found.get("attribute")).get("names")))
+    ]

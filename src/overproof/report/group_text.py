@@ -50,7 +50,7 @@ def _inheritance(figures: Figures) -> list[str]:
 
 
 def _by_group(report: GroupReport) -> list[list[str]]:
-    worst = {g: 0.0 for g in range(len(report.names))}
+    worst = dict.fromkeys(range(len(report.names)), 0.0)
     for figures in report.models:
         for change in figures.changes:
             worst[change.group] = min(worst[change.group], change.difference)
@@ -75,4 +75,7 @@ def _share(value: float | None) -> str:
 def _aligned(rows: list[list[str]]) -> list[str]:
     clean = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in clean) for i in range(len(clean[0]))]
-    return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in clean]
+    return [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in clean
+    ]

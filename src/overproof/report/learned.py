@@ -102,7 +102,11 @@ def _reliabilities(method: dict[str, Any]) -> list[str]:
         for value, i in known[:ROWS]
     ]
     more = [f"  and {len(known) - ROWS} about which it is more reliable"] if len(known) > ROWS else []
-    return [f"reliability of the teacher by {method.get('group')} ({method.get('kind')}, held-out images), the least first:", *told, *more]
+    return [
+        f"reliability of the teacher by {method.get('group')} ({method.get('kind')}, held-out images), the least first:",
+        *told,
+        *more,
+    ]
 
 
 def _sights(run: Run) -> list[Sight]:

@@ -18,7 +18,9 @@ PARTS = ("train", "validation", "test")
 def keep_data_facts(data: Splits | UserData, folder: RunFolder) -> None:
     """Write data.json, where the labels are known without reading the images."""
     sets = {part: getattr(data, part) for part in PARTS}
-    counts = {part: _counts(labels, len(data.classes)) for part, images in sets.items() if (labels := _labels(images)) is not None}
+    counts = {
+        part: _counts(labels, len(data.classes)) for part, images in sets.items() if (labels := _labels(images)) is not None
+    }
     if not counts:
         return
     facts: dict[str, Any] = {"classes": list(data.classes), "counts": counts}

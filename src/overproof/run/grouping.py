@@ -119,7 +119,9 @@ def _teachers(
         place, mine = str(run.section("teacher").get("run") or ""), records[seed_of(run)]
         names.append(Path(place).name or str(run.section("teacher").get("name") or "teacher"))
         wanted = (f"test-{run.section('teacher').get('which') or 'best'}", evaluation)
-        own = next((known for name in wanted if place and (known := _own(place, name, by)) is not None and _same(known, mine)), None)
+        own = next(
+            (known for name in wanted if place and (known := _own(place, name, by)) is not None and _same(known, mine)), None
+        )
         if own is not None:
             found[seed_of(run)] = own
         elif mine.teacher is not None:

@@ -72,7 +72,8 @@ def held_out(part: AdaObjective, config: RunConfig, data: Splits | UserData) -> 
     if seen:
         raise UsageError(
             f"{name}: the teacher was trained on {seen} of the held-out images, so that it looks more reliable than "
-            "it is. Hold out the same images from both (equal data.validation, data.split_seed and data.validation_from), or " + force
+            "it is. Hold out the same images from both (equal data.validation, data.split_seed and data.validation_from), or "
+            + force
         )
     return data.validation
 
@@ -80,7 +81,8 @@ def held_out(part: AdaObjective, config: RunConfig, data: Splits | UserData) -> 
 def learned(config: RunConfig, data: Splits | UserData) -> int:
     """How many of the validation images the teacher was trained on, as far as its run tells; 0 where nobody can know."""
     if data.validation is data.train:
-        return len(data.train) if hasattr(data.train, "__len__") else 1
+        known: Any = data.train
+        return len(known) if hasattr(known, "__len__") else 1
     run = config.teacher.run if config.teacher is not None else None
     if not run or config.data.name == USER or not RunFolder(run).exists or not isinstance(data, Splits):
         return 0
@@ -121,5 +123,7 @@ def _groups(part: AdaObjective, data: Splits | UserData, held: Any) -> dict[str,
             "the same, in the same order."
         )
     if data.extra is not None:
-        raise UsageError('method.group="attribute": nobody knows the subgroups of the images in data.extra. Leave one of the two out.')
+        raise UsageError(
+            'method.group="attribute": nobody knows the subgroups of the images in data.extra. Leave one of the two out.'
+        )
     return {"names": known[0].names, "held_groups": known[0].numbers, "train_groups": known[1].numbers}
