@@ -176,7 +176,7 @@ def test_tabular_student_ends_at_the_mixture_and_flips_where_it_must() -> None:
         assert float(elsewhere.detach()) > float(cross_entropy(logits, mixed).detach())
 
 
-def fitted(method: Any, batch: Batch, steps: int = 400) -> Tensor:
+def fitted(method: Any, batch: Batch, steps: int = 60) -> Tensor:
     """What a method's free student predicts after training."""
     optimizer = torch.optim.SGD(list(method.trainable()), lr=5.0)
     for _ in range(steps):
@@ -510,7 +510,7 @@ def _student_of(seed: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
 
 
-def _trained(objective: Any, data: Splits, seed: int, epochs: int = 60) -> Tensor:
+def _trained(objective: Any, data: Splits, seed: int, epochs: int = 30) -> Tensor:
     optimizer = torch.optim.SGD(list(objective.trainable()), lr=0.05, momentum=0.9)
     loader = make_loader(data.train, 32, shuffle=True, seed=seed)
     for epoch in range(epochs):
@@ -525,15 +525,14 @@ def _trained(objective: Any, data: Splits, seed: int, epochs: int = 60) -> Tenso
     return recalls.sort().values[:3].mean()
 
 
-@pytest.mark.slow
 def test_long_tailed_digits_pay_for_distillation_and_less_for_careful_ones() -> None:
-    """The four signs of the paired differences in the worst three classes, mean over three seeds."""
+    """The four signs of the paired differences in the worst three classes, mean over two seeds (each has them too)."""
     from overproof.methods.ce import CE
 
     data = load_data("digits", validation=0.3, long_tail=30)
     held = list(make_loader(data.validation, 400).batches(0))
     gains = {"kd": [], "alpha": [], "alpha-1": [], "pairwise": []}
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(100 + seed)
         teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
         _trained(CE(teacher), data, seed)
@@ -552,7 +551,7 @@ def test_long_tailed_digits_pay_for_distillation_and_less_for_careful_ones() -> 
         plain = score(AdaAlpha, networks=pair, power=0.0, max_alpha=0.5)
         gains["alpha-1"].append(score(AdaAlpha, networks=pair) - plain)
         gains["pairwise"].append(score(AdaMargin, networks=pair, temperature=3.0) - kd)
-    means = {name: sum(values) / 3 for name, values in gains.items()}
+    means = {name: sum(values) / 2 for name, values in gains.items()}
     assert means["kd"] < 0, gains
     assert means["alpha"] > 0, gains
     assert means["alpha-1"] > 0, gains

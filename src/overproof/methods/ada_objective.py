@@ -162,6 +162,6 @@ class AdaObjective(Objective):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("measured", "counts"):  # how many groups there are, the state knows
             known = state_dict.get(f"{prefix}{name}")
-            if known is not None:
-                setattr(self, name, known.to(device_of(self.student), copy=True))
+            if known is not None and known.shape != getattr(self, name).shape:
+                setattr(self, name, torch.empty_like(known, device=device_of(self.student)))
         super()._load_from_state_dict(state_dict, prefix, *rest)
