@@ -218,7 +218,10 @@ def folder(
     write_arrays(path / "evaluations" / "test-best.npz", samples)
     write_json(path / "evaluations" / "test-best.json", summary)
     if about.get("reliability"):
-        write_json(path / "method.json", {"group": "class", "names": ["x", "y", "z"], "reliability": about["reliability"]})
+        write_json(
+            path / "method.json",
+            {"group": "class", "names": ["x", "y", "z"], "reliability": about["reliability"], "kind": "margin"},
+        )
         write_json(path / "data.json", {"classes": ["x", "y", "z"], "counts": {"train": [90, 9, 3]}})
     return path
 
@@ -312,6 +315,26 @@ def test_damaged_rows_are_named_and_harm_nothing_else(tmp_path: Path, damage: An
     source = write_report([taught]).read_text()
     assert "Nobody knows who paid: " in source
     assert 'id="overview"' in source
+
+
+def test_odd_side_facts_are_left_out(tmp_path: Path) -> None:
+    folder(tmp_path / "alone", ALONE, method="ce", teacher=None)
+    taught = folder(tmp_path / "taught", TAUGHT, reliability=[0.9, 0.1])
+    for odd in ([1], {"counts": {"train": [1]}}, {"counts": 3}, "text"):
+        write_json(taught / "data.json", odd)
+        (panel,) = payers(read_runs([taught]))
+        assert not panel.problem
+        assert panel.reports[0].train is panel.reports[0].reliability is None
+        assert "Who paid" in write_report([taught]).read_text()
+
+
+def test_reliabilities_of_different_kinds_are_not_averaged(tmp_path: Path) -> None:
+    runs = [
+        folder(tmp_path / name, TAUGHT, reliability=values) for name, values in (("a", [0.9, 0.1, 0.5]), ("b", [0.7, 0.3, 0.5]))
+    ]
+    assert group_report(runs).reliability == pytest.approx([0.8, 0.2, 0.5])
+    write_json(runs[1] / "method.json", {**RunFolder(runs[1]).method, "kind": "accuracy"})
+    assert group_report(runs).reliability == [0.9, 0.1, 0.5]
 
 
 def test_runs_without_a_teacher_have_no_panel(tmp_path: Path) -> None:

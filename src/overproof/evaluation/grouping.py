@@ -30,7 +30,8 @@ def group_figures(
         names: of the G groups.
         by: what the groups are.
         worst: how many of the groups with the least accuracy are averaged; all of them if there are fewer.
-        train, reliability: by group, for the table and the correlation; `source` says how the latter was measured.
+        train, reliability: by group, for the table and the correlation; not used unless there is one for each. `source` says how the latter
+            was measured.
         notes: what else a reader must know.
 
     Raises:
@@ -42,13 +43,22 @@ def group_figures(
     first = _same_images(models)
     size = max(len(names), int(first.group.max()) + 1)
     names = [*names, *map(str, range(len(names), size))]
+    train = list(train) if train is not None and len(train) >= size else None
+    reliability = list(reliability) if reliability is not None and len(reliability) >= size else None
     count = np.bincount(first.group, minlength=size)
-    known = {model.name: model for model in models}
+    known = {model.name: model for model in models if model.role == "alone"}
     figures = [_figures(model, known.get(model.alone), names, worst, reliability) for model in models]
     return GroupReport(
-        by, list(names), min(worst, int((count > 0).sum())), count.tolist(), figures,
-        None if train is None else list(train), None if reliability is None else list(reliability), source, list(notes),
-    )  # fmt: skip
+        by=by,
+        names=names,
+        k=min(worst, int((count > 0).sum())),
+        count=count.tolist(),
+        models=figures,
+        train=train,
+        reliability=reliability,
+        source=source if reliability is not None else "",
+        notes=list(notes),
+    )
 
 
 def _same_images(models: Sequence[Model]) -> Record:
@@ -124,7 +134,7 @@ def _changes(mine: Mapping[int, Record], alone: Mapping[int, Record], names: Seq
 
 
 def _correlation(changes: Sequence[Change], reliability: Sequence[float] | None) -> float | None:
-    if reliability is None or any(change.group >= len(reliability) for change in changes):
+    if reliability is None:
         return None
     return spearman([reliability[change.group] for change in changes], [change.difference for change in changes])
 

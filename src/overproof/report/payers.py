@@ -87,22 +87,27 @@ def train_counts(run: Run, by: By) -> list[int] | None:
     """Training images of each group, if the run knows."""
     try:
         known = table(run.folder.data)
-    except OverproofError:
+    except (OverproofError, ValueError, TypeError):
         return None
     counts = table((known if by == "class" else table(known.get("attribute"))).get("counts"))
     return [int(count) for entry in items(counts.get("train")) if (count := number(entry)) is not None] or None
 
 
 def reliability_of(runs: Sequence[Run], by: By) -> dict[str, Any]:
-    """How reliable the teacher is about each group, if the method of these runs has measured it: their mean, and where it comes from."""
-    found = [[number(g) for g in items(run.method.get("reliability"))] for run in runs if run.method.get("group") == by]
-    whole = [[g for g in values if g is not None] for values in found if values and None not in values]
+    """How reliable the teacher is about each group, where a method has measured it: the mean over the runs, and how it was measured."""
     size = len(group_names(runs[0], by=by))
-    columns = [values[:size] for values in whole if len(values) >= size]
-    if not columns:
+    told = [run.method for run in runs if run.method.get("group") == by]
+    found = [(method, [number(g) for g in items(method.get("reliability"))][:size]) for method in told]
+    whole = [(_how(method), values) for method, values in found if values and len(values) == size and None not in values]
+    alike = [values for how, values in whole if how == whole[0][0]]  # a margin and a share of right answers have no mean
+    if not alike:
         return {}
-    means = [sum(values) / len(values) for values in zip(*columns, strict=True)]
-    return {"reliability": means, "source": "held-out images, as the method measured it before training"}
+    means = [sum(g for g in values if g is not None) / len(values) for values in zip(*alike, strict=True)]
+    return {"reliability": means, "source": whole[0][0]}
+
+
+def _how(method: dict[str, Any]) -> str:
+    return f"{method.get('kind')} on images of the {method.get('held_out')} part, as the method measured it before training"
 
 
 def caveats(matches: Sequence[tuple[Run, Match]]) -> list[str]:

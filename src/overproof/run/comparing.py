@@ -15,7 +15,13 @@ from overproof.models.weights import load_model
 from overproof.run.judging import part_of
 from overproof.run.prepare import USER, data_of
 
-TRAINING_ONLY = ("augment", "limit_train", "long_tail")  # keys of [data] that do not touch what is compared on
+TRAINING_ONLY = (
+    "augment",
+    "limit_train",
+    "long_tail",
+    "attribute",
+    "attribute_file",
+)  # keys of [data] that do not touch what is compared on
 FIGURE_IMAGES = 500  # for the boundaries of a recipe's figures
 
 
