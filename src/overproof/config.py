@@ -41,9 +41,15 @@ class DataConfig(_Open):
     name: str = "digits"
     root: str | None = None
     validation: float = Field(0.1, ge=0, lt=1, description="share of the training images held out, per class")
+    validation_from: Literal["train", "test"] = Field("train", description="the part that this share is held out of")
     split_seed: int = Field(0, description="seed of the validation split; the same for every seed of the run")
+    long_tail: float | None = Field(
+        None, ge=1, description="thin the training images out: so many times more of the first class than of the last"
+    )
     limit_train: int | None = Field(None, ge=1)
     limit_test: int | None = Field(None, ge=1)
+    attribute: str | None = Field(None, description="subgroups of the images: a column of a table, or of attribute_file")
+    attribute_file: str | None = Field(None, description="CSV file that knows the subgroup of every image")
     augment: list[str] = Field(default_factory=list, description='such as ["crop", "flip", "cutout:8"]')
     extra: str | None = Field(None, description="images of a generator that each batch is filled up with, such as parquet:DIR")
     extra_share: float = Field(0.7, gt=0, lt=1, description="their share of each batch, as robust models are trained with")

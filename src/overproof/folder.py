@@ -6,6 +6,7 @@ RUN/
   status.json            {"state": "running" | "done" | "failed" | "interrupted", "step", "epoch", "message", ...}
   metrics.jsonl          one JSON object a line and epoch
   model.json             how to rebuild the model
+  data.json              how many images of each class and subgroup there are, if that is known
   method.json            what the method learned beside the model, if it did; method.npz: what of it can be looked at
   weights/               best.safetensors, last.safetensors
   checkpoint.pt          everything needed to resume (read with weights_only=True)
@@ -209,6 +210,12 @@ class RunFolder:
             except ValueError:
                 break
         return records
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """How many images of each class there are; {} if that is not known."""
+        path = self.path / "data.json"
+        return dict(read_json(path)) if path.exists() else {}
 
     @property
     def evaluations(self) -> dict[str, dict[str, Any]]:

@@ -58,6 +58,7 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     extra_data: str | None = None,
+    long_tail: float | None = None,
     augment: Names = (),
     attack: Names = (),
     devices: str | None = None,
@@ -86,6 +87,8 @@ def train(
         TOML file to begin with, such as RUN/config.toml.
     extra_data
         Images of a generator, named as data are: 0.7 of every batch (--set data.extra_share=...) are theirs.
+    long_tail
+        Thin the training images out, so that the first class has so many times those of the last, such as 100.
     augment
         crop, flip, cutout:8, randaugment:2:9, mixup:0.2, cutmix:1.0; repeatable.
     attack
@@ -94,7 +97,8 @@ def train(
     plugins(plugin)
     attacks, overrides = attacks_of(attack, set_)
     table = layer(
-        verb="train", data__name=data, data__augment=augment, data__extra=extra_data, model__name=model, method__name=method, seed=seed,
+        verb="train", data__name=data, data__augment=augment, data__extra=extra_data, data__long_tail=long_tail, model__name=model,
+        method__name=method, seed=seed,
         train__epochs=epochs, train__batch_size=batch_size, train__lr=lr, train__devices=devices_of(devices), train__nodes=nodes,
         train__precision=precision, evaluation__attacks=attacks or None,
     )  # fmt: skip
@@ -114,6 +118,7 @@ def distill(
     batch_size: int | None = None,
     lr: float | None = None,
     extra_data: str | None = None,
+    long_tail: float | None = None,
     augment: Names = (),
     attack: Names = (),
     devices: str | None = None,
@@ -146,6 +151,8 @@ def distill(
         TOML file to begin with, such as RUN/config.toml.
     extra_data
         Images of a generator, named as data are: 0.7 of every batch (--set data.extra_share=...) are theirs.
+    long_tail
+        Thin the training images out, so that the first class has so many times those of the last, such as 100.
     augment
         crop, flip, cutout:8, randaugment:2:9, mixup:0.2, cutmix:1.0; repeatable.
     attack
@@ -154,7 +161,8 @@ def distill(
     plugins(plugin)
     attacks, overrides = attacks_of(attack, set_)
     table = layer(
-        verb="distill", data__name=data, data__augment=augment, data__extra=extra_data, model__name=student, method__name=method,
+        verb="distill", data__name=data, data__augment=augment, data__extra=extra_data, data__long_tail=long_tail, model__name=student,
+        method__name=method,
         teacher__run=teacher,
         standard_teacher__run=standard_teacher, seed=seed, train__epochs=epochs, train__batch_size=batch_size, train__lr=lr,
         train__devices=devices_of(devices), train__nodes=nodes, train__precision=precision, evaluation__attacks=attacks or None,

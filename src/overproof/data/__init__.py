@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from overproof.registry import Registry
 
 if TYPE_CHECKING:
+    from overproof.data.attributes import Attribute
     from overproof.data.augmentation import Augment, build_augment
     from overproof.data.extra import MixedLoader, load_extra, make_mixed
     from overproof.data.images import ImageSet
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from overproof.data.load import load_data
     from overproof.data.loaders import DeviceLoader, Loader, make_loader
     from overproof.data.mixing import CutMix, Mixup
-    from overproof.data.splits import Splits, stratified_split, stratified_subset
+    from overproof.data.splits import Splits, long_tailed, stratified_split, stratified_subset
     from overproof.data.steps import Cutout, HorizontalFlip, RandAugment, RandomCrop
     from overproof.data.stream_loader import StreamLoader
     from overproof.data.streams import StreamSet
@@ -67,8 +68,9 @@ _HOMES = {
     **dict.fromkeys(("Cutout", "HorizontalFlip", "RandAugment", "RandomCrop"), "steps"),
     **dict.fromkeys(("CutMix", "Mixup"), "mixing"),
     **dict.fromkeys(("DeviceLoader", "Loader", "make_loader"), "loaders"),
-    **dict.fromkeys(("Splits", "stratified_split", "stratified_subset"), "splits"),
+    **dict.fromkeys(("Splits", "long_tailed", "stratified_split", "stratified_subset"), "splits"),
     **dict.fromkeys(("MixedLoader", "load_extra", "make_mixed"), "extra"),
+    "Attribute": "attributes",
     "StreamLoader": "stream_loader",
     "StreamSet": "streams",
     "ImageSet": "images",
@@ -77,9 +79,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "DATA", "Augment", "CutMix", "Cutout", "DeviceLoader", "HorizontalFlip", "ImageSet", "IterableLoader", "Loader",
+    "DATA", "Attribute", "Augment", "CutMix", "Cutout", "DeviceLoader", "HorizontalFlip", "ImageSet", "IterableLoader", "Loader",
     "MixedLoader", "Mixup", "RandAugment", "RandomCrop", "Splits", "StreamLoader", "StreamSet", "build_augment", "load_data",
-    "load_extra", "make_loader", "make_mixed", "stratified_split", "stratified_subset",
+    "load_extra", "long_tailed", "make_loader", "make_mixed", "stratified_split", "stratified_subset",
 ]  # fmt: skip
 
 

@@ -80,7 +80,9 @@ def _read(path: Path, top: Path, classes: list[str], how: Decoding) -> Images:
     if not paths:
         known = ", ".join(sorted(EXTENSIONS))
         raise DataError(f"{path} holds no images in its class folders. Known kinds of files: {known}.")
-    return read_images(_Files(paths, top), torch.tensor(labels), classes=classes, name=f"folder:{top}", how=how)
+    found = read_images(_Files(paths, top), torch.tensor(labels), classes=classes, name=f"folder:{top}", how=how)
+    found.files = tuple(file.relative_to(top).as_posix() for file in paths)
+    return found
 
 
 def _classes(path: Path, top: Path) -> list[str]:

@@ -17,6 +17,7 @@ def hub(
     revision: str | None = None,
     image_column: str = "image",
     label_column: str = "label",
+    attribute: str | None = None,
     image_size: int | None = None,
     channels: Channels | None = None,
     on_error: OnError = "raise",
@@ -30,6 +31,7 @@ def hub(
         revision: branch, tag or commit; fix it to be sure of the same images later.
         image_column: column of images ("img" in some sets).
         label_column: column of class numbers, or of class names.
+        attribute: column of subgroups.
         image_size: side to which images are resized (bilinear, antialiased; the aspect ratio is not kept).
         channels: 1 or 3; grey if all images are grey, otherwise colour, if None.
         on_error: "raise" on an image that cannot be read, or "skip" it with a warning.
@@ -56,7 +58,9 @@ def hub(
         for split in (s for s in splits if s in loaded):
             # the table as it lies on the disk: images stay encoded
             table = loaded[split].data.table
-            tables[part] = [(f"hub:{name} ({split})", chosen(table, columns, f"hub:{name} ({split})"))]
+            place = f"hub:{name} ({split})"
+            tables[part] = [(place, chosen(table, columns, place, attribute=attribute))]
     if "train" not in tables:
         raise DataError(f"hub:{name} has no train part; it has {', '.join(loaded)}.")
-    return parts_of(tables, columns, name=f"hub:{name}", directory=Path(datasets.config.HF_CACHE_HOME), how=how)
+    home = Path(datasets.config.HF_CACHE_HOME)
+    return parts_of(tables, columns, name=f"hub:{name}", directory=home, how=how, attribute=attribute)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from overproof.data.attributes import Attribute
 from overproof.data.pixels import check_images, check_labels, to_float
 from overproof.errors import DataError
 
@@ -24,6 +27,8 @@ class ImageSet:
         name: what the set is called in messages and reports.
         index: positions of the images in their source set (N,); 0 to N-1 if None.
         skipped: names of images of the source that could not be read and were left out.
+        attribute: the subgroup of each image, by its position in the source set.
+        files: name of each image's file, by the same; () if there are none.
 
     Raises:
         DataError: an empty set, wrong shapes or types, pixels or labels out of range; names the row and the remedy.
@@ -38,6 +43,8 @@ class ImageSet:
         name: str = "images",
         index: Tensor | None = None,
         skipped: Iterable[str] = (),
+        attribute: Attribute | None = None,
+        files: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.images = check_images(images, name)
@@ -46,7 +53,7 @@ class ImageSet:
         self.classes = self.classes or class_names(int(self.labels.max()) + 1)
         self.index = torch.arange(len(images)) if index is None else index.long()
         self.labels, self.index = self.labels.to(self.images.device), self.index.to(self.images.device)
-        self.skipped = tuple(skipped)
+        self.skipped, self.attribute, self.files = tuple(skipped), attribute, tuple(files)
         if len(self.index) != len(images):
             raise DataError(f"{name}: {len(images)} images, but {len(self.index)} positions in `index`.")
 
@@ -76,7 +83,20 @@ class ImageSet:
         """The images at `rows`, in that order; `index` keeps their positions in the source set."""
         rows = torch.as_tensor(rows, dtype=torch.long)
         images, labels, index = (part[rows.to(part.device)] for part in (self.images, self.labels, self.index))
-        return ImageSet(images, labels, classes=self.classes, name=self.name, index=index, skipped=self.skipped)
+        about: dict[str, Any] = {"skipped": self.skipped, "attribute": self.attribute, "files": self.files}
+        return ImageSet(images, labels, classes=self.classes, name=self.name, index=index, **about)
+
+    @property
+    def groups(self) -> Tensor | None:
+        """The subgroup of each image (N,), if the set knows."""
+        return None if self.attribute is None else self.attribute.of(self.index)
+
+    def with_attribute(self, attribute: Attribute) -> ImageSet:
+        """The same set, knowing `attribute`, which has to cover all its images."""
+        attribute.check(self.index, self.name)
+        named = copy.copy(self)
+        named.attribute = attribute
+        return named
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on `device`; itself if it is there already."""

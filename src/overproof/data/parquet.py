@@ -17,6 +17,7 @@ def parquet(
     *,
     image_column: str = "image",
     label_column: str = "label",
+    attribute: str | None = None,
     image_size: int | None = None,
     channels: Channels | None = None,
     on_error: OnError = "raise",
@@ -28,6 +29,7 @@ def parquet(
         directory: holds {train,validation,test}-*.parquet, itself or in data/; files of other names are all train.
         image_column: column of encoded images: {bytes, path}, or bytes.
         label_column: column of class numbers, or of class names.
+        attribute: column of subgroups.
         image_size: side to which images are resized (bilinear, antialiased; the aspect ratio is not kept).
         channels: 1 or 3; grey if all images are grey, otherwise colour, if None.
         on_error: "raise" on an image that cannot be read, or "skip" it with a warning.
@@ -42,8 +44,8 @@ def parquet(
     found = _files(top)
     for part, files in found.items():
         _check_size(part, files, memory_limit)
-    tables = {part: [(str(file), _read(file, columns)) for file in files] for part, files in found.items()}
-    return parts_of(tables, columns, name=f"parquet:{directory}", directory=top, how=how)
+    tables = {part: [(str(file), _read(file, columns, attribute)) for file in files] for part, files in found.items()}
+    return parts_of(tables, columns, name=f"parquet:{directory}", directory=top, how=how, attribute=attribute)
 
 
 def _files(top: Path) -> dict[str, list[Path]]:
@@ -86,13 +88,13 @@ def _check_size(part: str, files: Sequence[Path], limit: int) -> None:
         )
 
 
-def _read(file: Path, columns: tuple[str, str]) -> Any:
+def _read(file: Path, columns: tuple[str, str], attribute: str | None) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         schema = pq.read_schema(file)
-        present = [name for name in columns if name in schema.names]
-        return chosen(pq.read_table(file, columns=present), columns, str(file), schema)
+        present = [name for name in dict.fromkeys((*columns, attribute)) if name in schema.names]
+        return chosen(pq.read_table(file, columns=present), columns, str(file), schema, attribute=attribute)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is not a readable Parquet file ({error}). Fetch it again.") from error

@@ -119,3 +119,30 @@ def stratified_subset(labels: Tensor, count: int, seed: int = 0) -> Tensor:
     # the j-th row of a class of n comes at j/n: taking the earliest gives each class its share, and one row at first
     turn = torch.cat([torch.arange(len(rows), dtype=torch.double) / len(rows) for rows in groups])
     return torch.cat(groups)[turn.argsort(stable=True)[:count]].sort().values
+
+
+def long_tailed(labels: Tensor, ratio: float, seed: int = 0) -> Tensor:
+    """Rows of a long-tailed subset, ascending: class c of K keeps floor(n_0 ratio^(-c / (K - 1))) images.
+
+    n_0 is the number of images of the largest class. A class that has fewer than it may keep keeps them all, and each keeps one. A
+    larger ratio leaves a subset of what a smaller one leaves.
+
+    Args:
+        labels: class numbers (N,).
+        ratio: of the first class's images to the last one's, at least 1.
+        seed: of the choice.
+
+    Raises:
+        UsageError: the ratio is below 1.
+
+    Reference: Cui, Jia, Lin, Song, Belongie, CVPR 2019, arXiv 1901.05555, for CIFAR.
+    """
+    if not 1 <= ratio < float("inf"):
+        raise UsageError(f"The long tail's ratio is {ratio}; give a number of at least 1, such as 100.")
+    groups = _shuffled_classes(labels, seed)
+    most, last = max(map(len, groups)), max(int(labels.max()), 1)
+    kept = []
+    for rows in groups:
+        share = ratio ** (-int(labels[rows[0]]) / last)
+        kept.append(rows[: max(int(most * share + 1e-9), 1)])  # 5000 / 100 is 50, whatever the last digit says
+    return torch.cat(kept).sort().values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from overproof.data.attributes import Attribute
 from overproof.data.images import channel_statistics, class_names, spread, square
 from overproof.data.pixels import as_image, check_images, check_labels, class_number, to_float
 from overproof.errors import DataError
@@ -35,6 +37,8 @@ class StreamSet:
         name: what the set is called.
         index: positions of the images in their source set (N,).
         on_error: "raise" on an image that cannot be decoded, or "skip" it with a warning; its name joins `skipped`.
+        attribute: the subgroup of each image, by its position in the source set.
+        files: name of each image's file, by the same; () if there are none.
 
     Raises:
         DataError: an empty set, or labels out of range.
@@ -50,10 +54,13 @@ class StreamSet:
         name: str = "images",
         index: Tensor | None = None,
         on_error: str = "raise",
+        attribute: Attribute | None = None,
+        files: Sequence[str] = (),
     ) -> None:
         if not len(dataset):
             raise DataError(f"{name} is empty. Give at least one image.")
         self.dataset, self.name, self.on_error = dataset, name, on_error
+        self.attribute, self.files = attribute, tuple(files)
         self._labels = labels if labels is not None else _known_labels(dataset)
         self.classes = class_names(classes if classes is not None else getattr(dataset, "classes", None))
         if self._labels is not None or not self.classes:
@@ -95,8 +102,26 @@ class StreamSet:
         """The images at `rows`, in that order; `index` keeps their positions in the source set."""
         rows = torch.as_tensor(rows, dtype=torch.long)
         about: dict[str, Any] = {"name": self.name, "index": self.index[rows], "on_error": self.on_error}
+        about |= {"attribute": self.attribute, "files": self.files}
         dataset = Subset(self.dataset, rows.tolist())
         return StreamSet(dataset, labels=self.labels[rows], classes=self.classes, shape=self.shape, **about)
+
+    @property
+    def known_labels(self) -> Tensor | None:
+        """Class numbers (N,), if they are known without reading the images."""
+        return self._labels
+
+    @property
+    def groups(self) -> Tensor | None:
+        """The subgroup of each image (N,), if the set knows."""
+        return None if self.attribute is None else self.attribute.of(self.index)
+
+    def with_attribute(self, attribute: Attribute) -> StreamSet:
+        """The same set, knowing `attribute`, which has to cover all its images."""
+        attribute.check(self.index, self.name)
+        named = copy.copy(self)
+        named.attribute = attribute
+        return named
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel in [0, 1], of at most 1,000 images spread evenly over the set."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overproof.data.attributes import attributes_of
 from overproof.data.decoding import Decoding, read_images
 from overproof.data.pixels import check_labels
 from overproof.data.splits import Parts
@@ -52,12 +53,13 @@ class _Rows:
         return path
 
 
-def chosen(table: Any, columns: tuple[str, str], place: str, schema: Any = None) -> Any:
-    """The two columns of `table`, after a look at their types."""
+def chosen(table: Any, columns: tuple[str, str], place: str, schema: Any = None, *, attribute: str | None = None) -> Any:
+    """The two columns of `table`, and that of the attribute if there is one, after a look at their types."""
     import pyarrow as pa
 
     image, label = columns
-    for option, name in (("image_column", image), ("label_column", label)):
+    wanted = {"image_column": image, "label_column": label} | ({} if attribute is None else {"attribute": attribute})
+    for option, name in wanted.items():
         if name not in table.schema.names:
             known = ", ".join(f"{field.name} ({field.type})" for field in (schema or table.schema))
             raise DataError(f"{place} has no column {name!r}; it has {known}. Name the column with {option}=...")
@@ -67,11 +69,22 @@ def chosen(table: Any, columns: tuple[str, str], place: str, schema: Any = None)
     if table[label].null_count:
         row = table[label].is_null().to_pylist().index(True)
         raise DataError(f"{place}: row {row} has no label. Remove such rows first.")
-    return table.select([image, label])
+    if attribute is not None and table[attribute].null_count:
+        row = table[attribute].is_null().to_pylist().index(True)
+        raise DataError(f"{place}: row {row} has no {attribute!r}. Give every image one, 'unknown' if need be.")
+    return table.select(list(dict.fromkeys(wanted.values())))
 
 
-def parts_of(tables: dict[str, Named], columns: tuple[str, str], *, name: str, directory: Path, how: Decoding) -> Parts:
-    """The parts made of `tables`, whose two columns hold images and labels.
+def parts_of(
+    tables: dict[str, Named],
+    columns: tuple[str, str],
+    *,
+    name: str,
+    directory: Path,
+    how: Decoding,
+    attribute: str | None = None,
+) -> Parts:
+    """The parts made of `tables`, whose columns hold images, labels and perhaps an attribute.
 
     Raises:
         DataError: an empty part, labels that are no class numbers or names, or an unreadable image.
@@ -87,6 +100,10 @@ def parts_of(tables: dict[str, Named], columns: tuple[str, str], *, name: str, d
             raise DataError(f"The {part} part of {name} is empty: {named[0][0]} has no rows.")
         labels = check_labels(numbers[part], len(rows), f"{name} ({part})", classes=known)
         parts[part] = read_images(rows, labels, classes=classes, name=name, how=how)
+    if attribute is not None:
+        found = {part: [v for _, table in named for v in table[attribute].to_pylist()] for part, named in tables.items()}
+        made = attributes_of(attribute, found, name)
+        parts = {part: images.with_attribute(made[part]) for part, images in parts.items()}
     return parts
 
 

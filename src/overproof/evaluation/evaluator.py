@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from overproof.errors import DataError, UsageError
 from overproof.evaluation.curves import check_curve
 from overproof.evaluation.findings import Findings
 from overproof.evaluation.judge import Changed, Judge
+from overproof.evaluation.metrics import per_class
 from overproof.evaluation.partial import Partial, fingerprint
 from overproof.evaluation.plan import Plan
 from overproof.evaluation.records import Evaluation
@@ -95,7 +97,7 @@ def evaluate(
         known = tuple(classes) or tuple(getattr(data, "classes", ()))
         names = known or tuple(map(str, range(int(found.facts["classes"]))))
         examples = _examples(judge, found, group)
-        return group.first(lambda: _with_panel(_concluded(judge, found, names), judge, examples))
+        return group.first(lambda: _with_panel(_with_subgroups(_concluded(judge, found, names), data), judge, examples))
 
 
 def images_of(data: Any) -> Any:
@@ -145,6 +147,19 @@ def _examples(judge: Judge, found: Findings, group: Group) -> list[tuple[Tensor,
 def _concluded(judge: Judge, found: Findings, classes: tuple[str, ...]) -> Evaluation:
     assert judge.image is not None, "the first process has the first image"
     return conclude(judge.model, found, judge.plan, classes, judge.image)
+
+
+def _with_subgroups(done: Evaluation, data: Any) -> Evaluation:
+    """The evaluation with the subgroup of every image and the accuracy of each, if the data know."""
+    attribute = getattr(data, "attribute", None)
+    if attribute is None:
+        return done
+    rows, names = done.samples, list(attribute.names)
+    group = attribute.numbers.numpy()[rows["index"]]
+    shares = per_class(group, rows["prediction"] == rows["label"], len(names))
+    counts = np.bincount(group, minlength=len(names)).tolist()
+    facts = {"name": attribute.name, "names": names, "count": counts, "clean": shares}
+    return Evaluation({**done.summary, "attribute": facts}, {**rows, "group": group}, done.gallery)
 
 
 def _ball(plan: Plan) -> Threat | None:

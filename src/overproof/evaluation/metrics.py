@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from overproof.evaluation.intervals import Z as Z
+from overproof.evaluation.intervals import wilson as wilson
 from overproof.networks import in_mode
-
-Z = 1.959964  # of a 95 % interval
 
 
 class Estimate(float):
@@ -28,15 +28,6 @@ class Estimate(float):
 
     def __format__(self, spec: str) -> str:
         return f"{100 * float(self):.1f} ± {100 * self.half:.1f} %"
-
-
-def wilson(hits: float, count: int) -> list[float]:
-    """The 95 % interval of a share by Wilson's score: low, high; [0, 1] where nothing was counted."""
-    if not count:
-        return [0.0, 1.0]
-    share, z = hits / count, Z / count**0.5
-    middle, half = share + z * z / 2, z * (share * (1 - share) + z * z / 4) ** 0.5
-    return [max((middle - half) / (1 + z * z), 0.0), min((middle + half) / (1 + z * z), 1.0)]
 
 
 def surviving(stages: Iterable[tuple[int, int]]) -> Estimate:

@@ -209,6 +209,7 @@ class _Figures:
     def samples(self) -> dict[str, np.ndarray]:
         """The record as it is kept."""
         kept = {name: self.found[name].copy() for name in self.found.kinds if not name.startswith("_")}
+        kept["nll"] = self.found["_nll"].copy()
         for name in self.plan.attacks:
             kept[f"{name}/robust"] = self.holds[name]
             if "" not in {stage.member for stage in self.plan.lanes[name]}:

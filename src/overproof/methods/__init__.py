@@ -211,6 +211,18 @@ METHODS.add(
 )
 for _name, _about in NOISY_IMAGES.items():
     METHODS.add(_name, **_about)
+for _name, _target, _summary in (
+    ("ada-alpha", "ada_alpha:AdaAlpha", "Labels and teacher, mixed by how far it is right about held-out images of the class."),
+    ("ada-margin", "ada_margin:AdaMargin", "Distillation whose margins lift classes that the teacher is unreliable about."),
+):
+    METHODS.add(
+        _name,
+        f"overproof.methods.{_target}",
+        summary=_summary,
+        paper="Lukasik, Bhojanapalli, Menon, Kumar: Teacher's Pet: Understanding and Mitigating Biases in Distillation, TMLR 2022",
+        url="https://arxiv.org/abs/2106.10494",
+        tags=("distillation", "logits"),
+    )
 METHODS.add(
     "composed",
     "overproof.methods.composed:Composed",

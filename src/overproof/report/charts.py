@@ -198,7 +198,7 @@ def _classes(run: Run) -> Chart | None:
     weakest = sorted(range(len(clean)), key=judged.__getitem__)
     shown = sorted(weakest[:BARS])
 
-    labels = [_short(names[i]) for i in shown]
+    labels = [short(names[i]) for i in shown]
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if sum(map(len, labels)) > 32 else {}
 
     def paint(axes: Any) -> None:
@@ -226,6 +226,7 @@ def _classes(run: Run) -> Chart | None:
     return Chart(run.name, draw(paint, f"Accuracy per class of {run.name}", bottom=0.62 if turned else 0.45), note)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name as a drawing has room for it."""
     text = "".join(c if c.isprintable() else "?" for c in name)
     return text if len(text) <= 14 else text[:13] + "…"

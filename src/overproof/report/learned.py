@@ -71,7 +71,7 @@ def pairs(method: dict[str, Any]) -> list[Pair]:
 
 def method_text(method: dict[str, Any]) -> str:
     """The same for a terminal; an empty text if there is nothing to tell."""
-    lines = []
+    lines = _reliabilities(method)
     if (adapters := number(method.get("adapter_parameters"))) is not None:
         lines.append(f"{adapters:,.0f} parameters of adapters served the training only; the student does not hold them")
     policy = pairs(method)
@@ -86,6 +86,27 @@ def method_text(method: dict[str, Any]) -> str:
     if len(policy) > ROWS:
         lines.append(f"  and {len(policy) - ROWS} lighter ones")
     return "\n".join(lines)
+
+
+def _reliabilities(method: dict[str, Any]) -> list[str]:
+    """How reliable the teacher is, the classes first that it is least reliable about."""
+    values = [number(value) for value in items(method.get("reliability"))]
+    names, counts = [str(name) for name in items(method.get("names"))], [number(n) for n in items(method.get("counts"))]
+    if not values or not len(values) == len(names) == len(counts):
+        return []
+    key = next((key for key in ("alpha", "rho") if len(items(method.get(key))) == len(values)), None)
+    weights = [number(value) for value in items(method.get(key))] if key else []
+    known = sorted((value, i) for i, value in enumerate(values) if value is not None)
+    told = [
+        f"  {names[i]}: {value:.3f} on {counts[i] or 0:.0f} images" + (f", {key} {weights[i] or 0:.3f}" if weights else "")
+        for value, i in known[:ROWS]
+    ]
+    more = [f"  and {len(known) - ROWS} about which it is more reliable"] if len(known) > ROWS else []
+    return [
+        f"reliability of the teacher by {method.get('group')} ({method.get('kind')}, held-out images), the least first:",
+        *told,
+        *more,
+    ]
 
 
 def _sights(run: Run) -> list[Sight]:

@@ -16,6 +16,7 @@ from overproof.report.drawing import swatch
 from overproof.report.gallery import pictures
 from overproof.report.guards import guard_rows, remembered
 from overproof.report.learned import learned
+from overproof.report.payers import fallen, payers, verdict
 from overproof.report.purifier import purified
 from overproof.report.reading import Run, read_runs
 from overproof.report.seeds import group_by_seed
@@ -59,7 +60,7 @@ def write_report(
     )
     environment.filters |= {"percent": percent, "amount": amount, "duration": duration}
     environment.globals |= {"binomial": binomial, "swatch": swatch, "number": number, "work": work, "bounded": bounded}
-    environment.globals |= {"guard_rows": guard_rows}
+    environment.globals |= {"guard_rows": guard_rows, "fallen": fallen, "verdict": verdict}
     html = environment.get_template("page.html").render(_content(runs, title, baseline))
     with atomic(path) as file:
         file.write(html.encode("utf-8", "replace"))
@@ -88,6 +89,7 @@ def _content(runs: list[Run], title: str | None, baseline: str | None) -> dict[s
         "purifiers": [through for run in runs if (through := purified(run))],
         "detections": [seen for run in runs if (seen := detected(run))],
         "classes": charts.per_class(runs),
+        "payers": payers(runs),
         "confusion": [chart for run in runs if (chart := maps.confusion(run))],
         "sanity": [(run, maps.surfaces(run, 4 if len(runs) <= 3 else 2)) for run in runs if run.evaluation.get("sanity")],
         "galleries": galleries,

@@ -22,6 +22,8 @@ from overproof.models.weights import load_model
 from overproof.run.execute import Run, execute
 from overproof.run.prepare import USER, Parts, UserData
 
+OF_SOURCES = ("long_tail", "attribute", "attribute_file")  # keys of [data] that only a source can serve
+
 
 def load(run: str | Path, which: str = "best", *, model: nn.Module | None = None, trusted: bool = False) -> nn.Module:
     """The trained model of a run folder, in eval mode on the CPU.
@@ -144,6 +146,11 @@ def start(teacher: Any, student: Any, data: Any, given: dict[str, Any], *, sourc
     if own_data and (given["validation_data"] is not None or given["test_data"] is not None):
         raise UsageError(
             f"The data set {data!r} brings its own validation and test images; leave validation_data and test_data out."
+        )
+    if not own_data and (named := [key for key in OF_SOURCES if layer["data"].get(key) is not None]):
+        raise UsageError(
+            f"data.{named[0]} belongs to data with a name; these came as objects. Thin them out with overproof.data.long_tailed(labels, "
+            "ratio), give subgroups with ImageSet.with_attribute."
         )
     config = resolve(layer)
     parts = Parts(

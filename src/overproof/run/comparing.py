@@ -21,6 +21,9 @@ TRAINING_ONLY = (
     "extra",
     "extra_share",
     "extra_options",
+    "long_tail",
+    "attribute",
+    "attribute_file",
 )  # keys of [data] that do not touch what is compared on
 FIGURE_IMAGES = 500  # for the boundaries of a recipe's figures
 

@@ -20,11 +20,13 @@ from overproof.folder import RunFolder, disk_message, write_json, write_toml
 from overproof.methods.objective import Objective
 from overproof.models.weights import load_model
 from overproof.networks import borrowed
+from overproof.run.data_facts import keep_data_facts
 from overproof.run.environment import claim, environment
 from overproof.run.judging import judge_run
 from overproof.run.launch import launched
 from overproof.run.learned import keep_learned
 from overproof.run.prepare import USER, Parts, UserData, checked, prepare, refuse_code
+from overproof.run.studying import study_teacher
 from overproof.run.teachers import look_at_teacher
 from overproof.training.loop import Trainer
 from overproof.training.safety import Interrupted
@@ -76,10 +78,12 @@ def execute(
         launched(config, folder) as fabric,
     ):
         objective, data = prepare(config, parts)
+        study_teacher(config, objective, data, fabric.device)
         trainer = _trainer(config, objective, data, folder=folder, fabric=fabric, deadline=deadline)
         if leader:
             write_toml(folder.path / "config.toml", config.table())
             write_json(folder.path / "environment.json", environment(fabric.device))
+            keep_data_facts(data, folder)
             folder.write_status("running", message="")
             look_at_teacher(config, objective, trainer.validation, data, folder=folder)
         trainer.run()

@@ -180,15 +180,9 @@ def _compare_classes(objective: Objective, widths: Sequence[int]) -> None:
 def data_of(config: RunConfig) -> Splits:
     """The data that a configuration names."""
     data = config.data
-    return load_data(
-        data.name,
-        root=Path(data.root) if data.root else None,
-        validation=data.validation,
-        seed=data.split_seed,
-        limit_train=data.limit_train,
-        limit_test=data.limit_test,
-        **data.options,
-    )
+    known = ("validation", "validation_from", "long_tail", "limit_train", "limit_test", "attribute", "attribute_file")
+    how = {key: getattr(data, key) for key in known}
+    return load_data(data.name, root=Path(data.root) if data.root else None, seed=data.split_seed, **how, **data.options)
 
 
 def _build(config: RunConfig, splits: Splits | UserData) -> nn.Module:

@@ -23,7 +23,7 @@ from overproof.folder import RunFolder, read_toml
 from overproof.run.execute import execute
 from overproof.run.prepare import Parts, refuse_code
 
-ALIKE = ("agreement", "mag-sim", "ang-sim")  # metrics of figures that compare two runs
+ALIKE = ("agreement", "mag-sim", "ang-sim", "fell", "paid")  # metrics of figures that compare two runs
 
 
 class About(BaseModel):
@@ -47,7 +47,7 @@ class Figure(BaseModel):
     metric: str
     evaluation: str = "test-best"
     minus: str = Field("", description="a run whose figure is subtracted, seed by seed")
-    against: str = Field("", description="a run with which the run is compared: agreement, mag-sim, ang-sim")
+    against: str = Field("", description="a run with which the run is compared: agreement, mag-sim, ang-sim, fell, paid")
     percent: bool = Field(True, description="a share, told in per cent; else as it is (trace, lambda_max, ...)")
     published: float | None = None
     source: str = ""

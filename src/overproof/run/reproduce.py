@@ -13,6 +13,7 @@ from overproof import console
 from overproof.errors import UnknownNameError
 from overproof.folder import RunFolder, write_json
 from overproof.run.comparing import similarities
+from overproof.run.grouping import losers
 from overproof.run.recipes import Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.results import write_results
 from overproof.run.seeds import figures, mean_and_error
@@ -114,6 +115,8 @@ def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[An
     """The figure of one run; comparisons of two runs are made once and kept in `alike`."""
     if not figure.against:
         return figures(named[run], figure.evaluation)[figure.metric]
+    if figure.metric in ("fell", "paid"):
+        return losers(named[run], named[figure.against], figure.evaluation)[figure.metric]
     key = (named[run].path, named[figure.against].path, figure.evaluation.removeprefix("test-"))
     if key not in alike:
         alike[key] = similarities(*key)

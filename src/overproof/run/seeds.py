@@ -31,7 +31,8 @@ def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, t
 def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float]:
     """The headline figures of a run's evaluation: clean, worst_case, one per attack, agreement, ece, nll.
 
-    With "NAME fooling" the share of rightly classified images that an attack breaks; with flatness measured also trace, lambda_max and
+    With "class-mean" the mean accuracy over classes, and with "worst-1", "worst-3", "worst-5" and "worst-10" that over the classes with the
+    least. With "NAME fooling" the share of rightly classified images that an attack breaks; with flatness measured also trace, lambda_max and
     max_probability, means over the images, and "... median".
     """
     summary = folder.evaluations.get(evaluation, {})
@@ -39,11 +40,18 @@ def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float
     found |= {name: facts["robust"] for name, facts in summary.get("attacks", {}).items()}
     found |= {f"{name} fooling": facts.get("success_rate") for name, facts in summary.get("attacks", {}).items()}
     found["agreement"] = (summary.get("agreement") or {}).get("clean")
+    found |= _by_class((summary.get("per_class") or {}).get("clean") or [])
     flat = summary.get("fisher") or {}
     for name in ("trace", "lambda_max", "max_probability"):
         middle = flat.get(name) or {}
         found |= {name: middle.get("mean"), f"{name} median": middle.get("median")}
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _by_class(shares: Sequence[float | None]) -> dict[str, float | None]:
+    known = sorted(share for share in shares if share is not None)
+    worst = {f"worst-{k}": sum(known[:k]) / k for k in (1, 3, 5, 10) if k <= len(known)}
+    return {"class-mean": sum(known) / len(known), **worst} if known else {}
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
