@@ -34,7 +34,7 @@ class Evolution:
         draw: noise (N, d) on the networks' device from a CPU generator.
 
     Attributes:
-        population: the survivors, the best first.
+        population: the survivors, the champion first.
 
     Raises:
         UsageError: networks that do not fit together or to the batch size.
@@ -114,7 +114,7 @@ class Evolution:
         """
         settings = self.settings
         noise = self.draw(settings.judged, stream)
-        fresh = noise if settings.common_noise else self.draw(settings.judged, stream)
+        fresh = noise if settings.common_noise or not settings.crosses else self.draw(settings.judged, stream)
         against = self._real_logits(real)
         mutated = []
         for parent in self.population:

@@ -32,7 +32,7 @@ def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float
     """The headline figures of a run's evaluation: clean, worst_case, one per attack, agreement, ece, nll.
 
     With "NAME fooling" the share of rightly classified images that an attack breaks; with flatness measured also trace, lambda_max and
-    max_probability, means over the images, and "... median".
+    max_probability, means over the images, and "... median"; of a generator what its samples show, and "selected ORIGIN".
     """
     summary = folder.evaluations.get(evaluation, {})
     found = {name: summary.get(name) for name in ("clean", "worst_case", "ece", "nll")}
@@ -43,6 +43,8 @@ def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float
     for name in ("trace", "lambda_max", "max_probability"):
         middle = flat.get(name) or {}
         found |= {name: middle.get("mean"), f"{name} median": middle.get("median")}
+    found |= folder.samples.get("figures", {})
+    found |= {f"selected {name}": share for name, share in folder.samples.get("selected", {}).items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
