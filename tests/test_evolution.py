@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,7 +189,8 @@ def test_one_forward_gives_what_separate_ones_give(norm: bool, losses: tuple[str
             GENERATOR_LOSSES[name].value(logits, logits.detach() if first else against).mean().backward()
             optimizer.step()
         wanted = torch.cat([p.detach().flatten() for p in network.parameters()])
-        torch.testing.assert_close(child.weights, wanted, atol=1e-12, rtol=1e-10)
+        # What normalisation takes out again has no gradient but rounding, which Adam divides by as little.
+        torch.testing.assert_close(child.weights, wanted, atol=1e-8 if norm else 1e-12, rtol=1e-10)
         assert child.steps == 2
         for name, buffer in network.named_buffers():
             torch.testing.assert_close(child.buffers[name], buffer)
@@ -285,6 +287,7 @@ def test_crossover_of_a_part_equals_that_of_the_whole(norm: bool) -> None:
     opponent, z = critic(), noise(20)
     species = Species(generator(norm=norm), Adam())
     a, b = (judged(species, generator(seed, norm=norm), z, opponent) for seed in (0, 7))
+    a = replace(a, values=a.values - (a.values - b.values).median())  # about even
     learns = second_wins(a, b)
     assert 0 < int(learns.sum()) < 20
     found, _ = pull_to_second(species, a, b, z)
@@ -300,13 +303,18 @@ def test_crossover_runs_the_second_parents_noise_alone() -> None:
     network = generator()
     species = Species(network, Adam())
     a, b = (judged(species, generator(seed), z, critic()) for seed in (0, 7))
+    a = replace(a, values=a.values - (a.values - b.values).median())
     network.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     cross(species, a, b, z)
     assert seen == [int(second_wins(a, b).sum())]
+    assert 0 < seen[0] < 20
 
 
 def test_couples_are_the_fittest_pairs() -> None:
-    a, b, c = (Individual(torch.zeros(1), (torch.zeros(1), torch.zeros(1)), origin=o, score=s) for o, s in zip("abc", (1, 5, 3), strict=True))
+    a, b, c = (
+        Individual(torch.zeros(1), (torch.zeros(1), torch.zeros(1)), origin=o, score=s)
+        for o, s in zip("abc", (1, 5, 3), strict=True)
+    )
     assert [(x.origin, y.origin) for x, y in couples([a, b, c], 3)] == [("b", "c"), ("b", "a"), ("c", "a")]
     assert len(couples([a, b, c], 1)) == 1
 
@@ -453,7 +461,7 @@ def test_the_champion_never_gets_worse_before_a_fixed_discriminator() -> None:
         fitness = FITNESS["logit"](settings, one.critic, real(0), same)
         one.population = select(one.breed(real(settings.learned), fitness, same), 2, stream=same)
         scores.append(one.population[0].score)
-    assert all(later >= earlier - 1e-12 for earlier, later in zip(scores, scores[1:], strict=False))
+    assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(scores))
     assert scores[-1] > scores[0]
 
 
@@ -466,9 +474,7 @@ def test_discriminator_steps_against_a_loop(norm: bool, penalty: float) -> None:
     ours, x_r, x_f = critic(norm=norm).train(), real(12), real(12, 8) - 2
     theirs = copy.deepcopy(ours)
     optimizers = [torch.optim.Adam(net.parameters(), 0.01, (0.5, 0.9)) for net in (ours, theirs)]
-    mean = train_discriminator(
-        ours, optimizers[0], x_r, x_f, loss="vanilla", penalty=penalty, batch_size=4, stream=stream(6)
-    )
+    mean = train_discriminator(ours, optimizers[0], x_r, x_f, loss="vanilla", penalty=penalty, batch_size=4, stream=stream(6))
     again, losses = stream(6), []
     for i in range(0, 12, 4):
         r, x = x_r[i : i + 4], x_f[i : i + 4]
@@ -484,7 +490,7 @@ def test_discriminator_steps_against_a_loop(norm: bool, penalty: float) -> None:
         optimizers[1].step()
     assert float(mean) == pytest.approx(sum(losses) / 3, abs=1e-12)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(a, b, atol=1e-7 if norm else 1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("loss", ["heuristic", "minimax"])

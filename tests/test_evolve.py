@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from overproof.config import resolve
 from overproof.data.toys import TOYS, lattice, ring
 from overproof.errors import FolderError, NonFiniteLossError, UsageError
 from overproof.evaluation import generative
-from overproof.folder import RunFolder, read_arrays
+from overproof.folder import RunFolder
 from overproof.models.sampling import load_generator, sample
 from overproof.run.course import checked_evolution, planned
 from overproof.run.execute import execute, resume
@@ -142,8 +143,8 @@ def test_inception_score_is_the_number_of_classes_where_all_are_sure_and_equal()
     images[::2] = 1.0
     assert generative.inception_score(images, Brightness()) == pytest.approx(2.0, abs=0.1)
     assert generative.inception_score(torch.ones(40, 1, 2, 2), Brightness()) == pytest.approx(1.0, abs=1e-6)
-    state = torch.get_rng_state()
-    generative.inception_score(images, Brightness())
+    judge, state = Brightness(), torch.get_rng_state()
+    generative.inception_score(images, judge)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -171,7 +172,7 @@ def test_a_run_on_the_plane(capsys: pytest.CaptureFixture[str]) -> None:
     records = folder.metrics
     assert [r["step"] for r in records] == [6, 12]
     assert {"fitness", "discriminator", "mmd2", "selected/crossover"} <= records[0]["train"].keys()
-    assert read_arrays(Path("r/samples/step-00000012.npz"))["points"].shape == (64, 2)
+    assert Image.open("r/samples/step-00000012.png").size == (3 * 195, 3 * 98)  # real points, and samples
     again = load_generator("r")
     noise = again.draw(3, stream())
     assert torch.equal(again(noise), run.model(noise))
@@ -217,7 +218,25 @@ def test_a_run_on_digits_with_a_judge(capsys: pytest.CaptureFixture[str]) -> Non
     assert call(["train", *quick, "--model", "mlp", "--epochs", "1", "--out", "judge"]) == 0
     capsys.readouterr()
     options = [text for key, value in SMALL.items() for text in ("--set", f"evolution.{key}={value}")]
-    assert call(["evolve", *quick, "--judge", "judge", "--out", "r", "--mutation", "heuristic", "--mutation", "wgan", *options, "--json"]) == 0
+    assert (
+        call(
+            [
+                "evolve",
+                *quick,
+                "--judge",
+                "judge",
+                "--out",
+                "r",
+                "--mutation",
+                "heuristic",
+                "--mutation",
+                "wgan",
+                *options,
+                "--json",
+            ]
+        )
+        == 0
+    )
     (found,) = json.loads(capsys.readouterr().out)["runs"]
     assert {"entropy", "classes", "fid by judge", "is by judge", "spread", "mmd2"} == found["figures"].keys()
     assert len(found["histogram"]) == 10
@@ -304,7 +323,10 @@ def test_divergence_leaves_a_failed_run() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"evolution": {"mutatons": ["wgan"]}}, r"Unknown key of \[evolution\] for 'cegan': 'mutatons'. Did you mean 'mutations'"),
+        (
+            {"evolution": {"mutatons": ["wgan"]}},
+            r"Unknown key of \[evolution\] for 'cegan': 'mutatons'. Did you mean 'mutations'",
+        ),
         ({"evolution": {"name": "cegn"}}, "Unknown evolution 'cegn'. Did you mean 'cegan'"),
         ({"evolution": {"generations": 0}}, "evolution.generations=0 must be at least 1"),
         ({"evolution": {"critic_width": 0}}, "evolution.critic_width=0 must be at least 1"),
@@ -349,7 +371,7 @@ def test_images_that_cannot_be_made_or_are_too_few() -> None:
     with pytest.raises(UsageError, match="A generation takes 12 real images, and there are 11"):
         overproof.evolve(torch.rand(11, 1, 8, 8), out="r", **SMALL)
     with pytest.raises(UsageError, match="batch_size=1 and a network that normalises over its batch"):
-        overproof.evolve(torch.rand(60, 1, 8, 8), out="r", **{**SMALL, "batch_size": 1})
+        overproof.evolve(torch.rand(60, 1, 16, 16), out="r", **{**SMALL, "batch_size": 1})
     with pytest.raises(UsageError, match="have no length"):
         overproof.evolve(iter([torch.rand(4, 1, 8, 8)]), out="r", **SMALL)
 
@@ -389,9 +411,10 @@ def test_evolutions_in_recipes() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_samples_come_nearer_to_the_law(seed: int) -> None:
-    run = overproof.evolve(
-        "8-gaussians", out="r", seed=seed, generations=300, test_every=30, test_samples=512, width=64, lr=1e-3, discriminator_lr=1e-3
+    how = {"test_every": 1000, "test_samples": 512, "width": 64, "lr": 1e-3, "discriminator_lr": 1e-3}
+    early, late = (
+        overproof.evolve("8-gaussians", out=f"r{count}", seed=seed, generations=count, **how).folder.samples
+        for count in (1, 150)
     )
-    found = [record["train"]["mmd2"] for record in run.folder.metrics]
-    assert run.folder.samples["figures"]["mmd2"] < 0.5 * found[0]
-    assert run.folder.samples["selected"]["heuristic"] > 0
+    assert late["figures"]["mmd2"] < 0.6 * early["figures"]["mmd2"]
+    assert min(share for name, share in late["selected"].items() if name in ("crossover", "least-squares")) > 0

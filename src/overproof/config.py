@@ -159,7 +159,9 @@ class RunConfig(_Section):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    evolution: dict[str, Any] | None = Field(None, description="with verb evolve, for model, method and train; see run/course.py")
+    evolution: dict[str, Any] | None = Field(
+        None, description="with verb evolve, for model, method and train; see run/course.py"
+    )
     judge: TeacherConfig | None = Field(None, description="a classifier that names what generators make")
 
     def table(self) -> dict[str, Any]:

@@ -167,7 +167,10 @@ def report(
 
 
 def list_entries(
-    kind: Literal["methods", "attacks", "models", "data", "guards", "probes", "evolutions"], *, plugin: Plugin = (), json_: Json = False
+    kind: Literal["methods", "attacks", "models", "data", "guards", "probes", "evolutions"],
+    *,
+    plugin: Plugin = (),
+    json_: Json = False,
 ) -> None:
     """Name everything of one kind, with paper and tags."""
     plugins(plugin)

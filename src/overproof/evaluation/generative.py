@@ -64,7 +64,7 @@ def spread(samples: Tensor) -> float:
 @torch.no_grad()
 def histogram(classifier: nn.Module, images: Tensor) -> Tensor:
     """Share of the images (N, C, H, W) in each class, by the classifier: (K,)."""
-    logits = torch.cat([_asked(classifier, part) for part in images.split(CHUNK)])
+    logits = torch.cat([_asked(classifier, part) for part in torch.split(images, CHUNK)])
     return torch.bincount(logits.argmax(dim=1), minlength=logits.shape[1]).double() / len(images)
 
 
@@ -135,7 +135,7 @@ def frechet(real: Tensor, samples: Tensor, classifier: nn.Module | None = None) 
         _need_inception("FID")
         metric = FrechetInceptionDistance(normalize=True)
     for images, is_real in ((real, True), (samples, False)):
-        for part in images.split(CHUNK):
+        for part in torch.split(images, CHUNK):
             metric.update(part if classifier is not None else _colour(part), real=is_real)
     return max(float(metric.compute()), 0.0)
 
@@ -164,7 +164,7 @@ def inception_score(samples: Tensor, classifier: nn.Module | None = None, *, see
         else:
             _need_inception("IS")
             metric = InceptionScore(normalize=True, **how)
-        for part in samples.split(CHUNK):
+        for part in torch.split(samples, CHUNK):
             metric.update(part if classifier is not None else _colour(part))
         return float(metric.compute()[0])
 

@@ -49,7 +49,8 @@ def pull_to_second(
     leaves = species.leaves(first)
     images, buffers = species.run(leaves, first.buffers, noise[rows])
     gap = images.detach() - second.images[rows]
-    gap *= per_sample(learns[rows], gap) * (2 / second.images.numel())
+    gap *= per_sample(learns[rows], gap)
+    gap *= 2 / second.images.numel()
     return row(torch.autograd.grad(images, leaves, gap)), buffers
 
 

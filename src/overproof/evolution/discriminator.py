@@ -35,7 +35,7 @@ def train_discriminator(
         stream: draws u.
     """
     losses = []
-    for r, x in zip(real.split(batch_size), fake.split(batch_size), strict=True):
+    for r, x in zip(torch.split(real, batch_size), torch.split(fake, batch_size), strict=True):
         optimizer.zero_grad()
         of_real, of_fake = logits_of(critic, [r, x])
         value = DISCRIMINATOR_LOSSES[loss](of_fake, of_real).mean()

@@ -26,7 +26,8 @@ def logits_of(critic: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     """Logits (N,) of each batch: each alone where its images depend on each other, else in one go."""
     if len(batches) == 1 or coupled(critic):
         return [critic(batch) for batch in batches]
-    return list(critic(torch.cat(list(batches))).split([len(batch) for batch in batches]))
+    logits: Tensor = critic(torch.cat(list(batches)))
+    return list(torch.split(logits, [len(batch) for batch in batches]))
 
 
 class Fitness(ABC):

@@ -91,15 +91,13 @@ class Species:
 
     def leaves(self, individual: Individual) -> list[Tensor]:
         """Its parameters in their shapes, for gradients."""
-        parts = individual.weights.detach().split(self.sizes)
+        parts = torch.split(individual.weights.detach(), self.sizes)
         return [part.view(shape).requires_grad_() for part, shape in zip(parts, self.shapes, strict=True)]
 
     def run(self, parameters: Sequence[Tensor], buffers: Buffers, noise: Tensor) -> tuple[Tensor, Buffers]:
         """Images (N, ...) of the noise (N, d), and the running statistics afterwards."""
         after = {name: buffer.clone() for name, buffer in buffers.items()}
-        images: Tensor = functional_call(
-            self.network, {**dict(zip(self.names, parameters, strict=True)), **after}, (noise,)
-        )
+        images: Tensor = functional_call(self.network, {**dict(zip(self.names, parameters, strict=True)), **after}, (noise,))
         return images, after
 
     @torch.no_grad()

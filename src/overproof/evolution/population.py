@@ -90,9 +90,7 @@ class Evolution:
         learned, compared = real[: settings.learned], real[settings.learned :]
         fitness = FITNESS[settings.fitness](settings, self.critic, compared, stream)
         pool = self.breed(learned, fitness, stream)
-        self.population = select(
-            pool, settings.population, at_random=settings.selection == "random", stream=stream
-        )
+        self.population = select(pool, settings.population, at_random=settings.selection == "random", stream=stream)
         champion = self.population[0]
         if not math.isfinite(champion.score):
             raise NonFiniteLossError(

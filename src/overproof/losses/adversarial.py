@@ -67,4 +67,5 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], between: Tensor)
     """
     points = between.detach().requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(points).sum(), points, create_graph=True)
-    return (slope.flatten(1).norm(dim=1) - 1).square()
+    size: Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
+    return (size - 1).square()

@@ -16,7 +16,7 @@ from overproof.registry import Entry
 
 LOOKS = 20
 ON_THE_PLANE: dict[str, Any] = {
-    "generator": "mlp", "critic": "mlp_critic", "latent": 2, "law": "normal", "width": 512,
+    "generator": "mlp", "critic": "mlp_critic", "latent": 2, "law": "normal", "width": 512, "he": True,
     "batch_size": 64, "discriminator_steps": 1, "gradient_penalty": 0.0,
 }  # fmt: skip
 
@@ -35,6 +35,7 @@ class Course:
         width: of the generator's last feature map, or of the layers of an mlp.
         critic: critic (convolutions) or mlp_critic.
         critic_width: of its first feature map or of its layers; the generator's if None.
+        he: linear layers of an mlp begin with He's normal law and no bias, not with torch's start; the plane's default.
         features: which the Fréchet distance compares: those of the "judge", if there is one, or of "inception".
     """
 
@@ -47,6 +48,7 @@ class Course:
     width: int = 128
     critic: Literal["critic", "mlp_critic"] = "critic"
     critic_width: int | None = None
+    he: bool = False
     features: Literal["judge", "inception"] = "judge"
 
     def __post_init__(self) -> None:
@@ -101,14 +103,22 @@ def checked_evolution(config: RunConfig) -> RunConfig:
     course, settings, name = planned(config)
     if config.data.name in TOYS:
         if config.judge is not None or course.features == "inception":
-            raise UsageError(f"{config.data.name} are points of the plane: there is nothing for a judge or Inception to look at.")
+            raise UsageError(
+                f"{config.data.name} are points of the plane: there is nothing for a judge or Inception to look at."
+            )
         if course.generator != "mlp" or course.critic != "mlp_critic":
-            raise UsageError(f"{config.data.name} are points of the plane: only the generator mlp and the critic mlp_critic fit.")
+            raise UsageError(
+                f"{config.data.name} are points of the plane: only the generator mlp and the critic mlp_critic fit."
+            )
         if config.data.augment:
-            raise UsageError(f"data.augment={config.data.augment} is for images, and {config.data.name} are points of the plane.")
+            raise UsageError(
+                f"data.augment={config.data.augment} is for images, and {config.data.name} are points of the plane."
+            )
     elif config.data.name.partition(":")[0] not in DATA and not config.data.name.startswith("("):
         raise UnknownNameError("data", config.data.name, {*DATA.names(), *TOYS})
     build_augment(config.data.augment, classes=2)
     if any(text.startswith(("mixup", "cutmix")) for text in config.data.augment):
-        raise UsageError(f"data.augment={config.data.augment}: a generator would learn to make mixed images; leave mixup and cutmix out.")
+        raise UsageError(
+            f"data.augment={config.data.augment}: a generator would learn to make mixed images; leave mixup and cutmix out."
+        )
     return config.model_copy(update={"evolution": {"name": name, **asdict(course), **asdict(settings)}})

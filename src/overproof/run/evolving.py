@@ -167,9 +167,7 @@ def _scene(
     toy = TOYS[config.data.name]() if data is None and config.data.name in TOYS else None
     splits = None if toy is not None else data if data is not None else data_of(config)
     reals = (
-        _Points(toy, settings.real, config.seed, device)
-        if toy is not None
-        else _reals(config, splits, settings.real, device)
+        _Points(toy, settings.real, config.seed, device) if toy is not None else _reals(config, splits, settings.real, device)
     )
     real = reals.some(course.test_samples)
     shape = tuple(real.shape[1:])
@@ -181,15 +179,20 @@ def _scene(
     how: dict[str, Any] = {"law": course.law, "width": course.width}
     if toy is None:
         how |= {"shift": 0.5, "scale": 0.5, "head": "tanh"}
-    generators = [
-        make_generator(course.generator, course.latent, shape, **how).to(device) for _ in range(settings.population)
-    ]
+    generators = [make_generator(course.generator, course.latent, shape, **how).to(device) for _ in range(settings.population)]
     opponent = CRITICS[course.critic](shape, width=course.critic_width or course.width).to(device)
+    for network in (*generators, opponent) if course.he else ():
+        _begin_as_he(network)
     evolution = Evolution(settings, [g.net for g in generators], opponent, draw=generators[0].draw)
-    look = Looker(
-        evolution, generators[0], folder.path, real, course.generations, toy, judge, course.features == "inception"
-    )
+    look = Looker(evolution, generators[0], folder.path, real, course.generations, toy, judge, course.features == "inception")
     return _Scene(course, reals, look)
+
+
+def _begin_as_he(network: nn.Module) -> None:
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 def _reals(config: RunConfig, data: Any, count: int, device: torch.device) -> _Images:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from overproof.data.toys import Toy
 from overproof.evaluation import generative
 from overproof.evolution.population import Evolution
-from overproof.folder import write_arrays, write_json
+from overproof.folder import write_json
 from overproof.models.generators import Generator
-from overproof.models.sampling import keep_samples, sample, save_generator
+from overproof.models.sampling import keep_samples, sample, save_generator, write_grid
 from overproof.networks import in_mode
 
 CALM = 0.25  # share of the generations in which nothing is said yet
 ALIKE = 0.2  # of the differences between real images: samples that differ less than that are all alike
 HALF = 0.5  # of the modes or classes
 COMPARED = 512  # samples of the discrepancy
+REACH, SIDE, ZOOM = 2.0, 96, 3  # of pictures of points: what is seen of the plane, in how many pixels, each how large
 LAST = 500_000  # seed of the last samples; those on the way begin at 0
 
 
@@ -56,7 +57,8 @@ class Looker:
         if self.toy is None:
             keep_samples(self.generator, self.run, generation)
         else:
-            write_arrays(self.run / "samples" / f"step-{generation:08d}.npz", {"points": samples.float().numpy()})
+            pictures = torch.stack([_picture(self.real), _picture(samples)])
+            write_grid(pictures, self.run / "samples" / f"step-{generation:08d}.png", zoom=ZOOM)
         return figures, self.concerns(figures) if generation > CALM * self.generations else []
 
     def finish(self, selected: dict[str, float], warnings: list[str]) -> dict[str, Any]:
@@ -117,3 +119,11 @@ class Looker:
         """How many classes the judge knows."""
         assert self.judge is not None
         return len(generative.histogram(self.judge, self.real[:2]))
+
+
+def _picture(points: Tensor) -> Tensor:
+    """Points (N, 2) as black dots on white (1, H, W); what lies beyond the picture is drawn at its border."""
+    places = ((points / (2 * REACH) + 0.5) * SIDE).long().clamp(0, SIDE - 1)
+    picture = torch.ones(1, SIDE, SIDE)
+    picture[0, SIDE - 1 - places[:, 1], places[:, 0]] = 0.0
+    return picture

@@ -96,7 +96,9 @@ class Evolver:
         begun = time.perf_counter()
         stream = generator_for("generation", self.seed, self.step)
         seed = int(torch.randint(1 << 31, (1,), generator=stream))
-        torch.default_generator.manual_seed(seed)  # for dropout; torch.manual_seed costs a millisecond where there is no accelerator
+        torch.default_generator.manual_seed(
+            seed
+        )  # for dropout; torch.manual_seed costs a millisecond where there is no accelerator
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed)
         found = self.evolution.generation(real, stream)
