@@ -249,11 +249,16 @@ def test_a_run_on_digits_with_a_judge(capsys: pytest.CaptureFixture[str]) -> Non
     assert RunFolder("r").config["judge"]["run"] == "judge"
     assert Path("r/report.html").exists()
     assert call(["show", "r"]) == 0
+    assert "selected heuristic" in capsys.readouterr().out
+    page = Path("r/report.html").read_text()
+    assert "Samples of the generator" in page
+    assert "is by judge" in page
+    assert "No evaluation was made of this run" not in page
     assert call(["report", "r", "judge", "-o", "both.html"]) == 0
     capsys.readouterr()
     assert call(["evolve", *quick, "--config", "r/config.toml", "--out", "again", "--generations", "2"]) == 0
     told = capsys.readouterr().out
-    assert "selected: heuristic" in told
+    assert "selected heuristic" in told
     assert "fid by judge" in told
     assert RunFolder("again").config["evolution"]["mutations"] == ["heuristic", "wgan"]
 

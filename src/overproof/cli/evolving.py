@@ -71,17 +71,9 @@ def evolve(
             resolved = resolve(resolved.table(), {"seed": chosen[0]})
         folders = [execute(resolved, out, parts=Parts(trusted=trust)).folder]
     from overproof.report import write_report
+    from overproof.report.words import samples_text
 
     page = write_report([folder.path for folder in folders], out / "report.html")
     found = [{"path": str(folder.path), **folder.samples} for folder in folders]
-    show({"runs": found, "report": str(page)}, json_, "\n".join([*map(_told, found), f"report: {page}"]))
-
-
-def _told(found: dict[str, Any]) -> str:
-    """What the samples of one run show."""
-    figures = "  ".join(f"{key} {value:.3g}" for key, value in found.get("figures", {}).items() if value is not None)
-    shares = "  ".join(f"{origin} {share:.1%}" for origin, share in found.get("selected", {}).items())
-    lines = [f"{found['path']}: {found.get('samples', 0)} samples", f"  {figures}", f"  selected: {shares}"]
-    if histogram := found.get("histogram"):
-        lines.append("  classes: " + "  ".join(f"{share:.1%}" for share in histogram))
-    return "\n".join([*lines, *(f"  warning: {text}" for text in found.get("warnings", []))])
+    told = [f"{row['path']}: {row['samples']} samples\n{samples_text(row)}" for row in found]
+    show({"runs": found, "report": str(page)}, json_, "\n".join([*told, f"report: {page}"]))

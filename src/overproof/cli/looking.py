@@ -193,12 +193,14 @@ def show_one(what: str, *, plugin: Plugin = (), json_: Json = False) -> None:
     if RunFolder(what).exists:
         from overproof.report import summarise, text_table
         from overproof.report.learned import method_text
+        from overproof.report.words import samples_text
 
         folder = RunFolder(what)
         facts: dict[str, Any] = {"status": folder.status, "config": folder.config, "method": folder.method}
-        facts["runs"] = summarise([folder.path])
+        facts |= {"runs": summarise([folder.path]), "samples": folder.samples}
         state = f"{folder.path}: {folder.status['state']} {folder.status.get('message', '')}"
         parts = [state, (folder.path / "config.toml").read_text(), text_table(facts["runs"]), method_text(folder.method)]
+        parts.append(samples_text(folder.samples))
         show(facts, json_, "\n".join(f"{part}\n" for part in parts if part).rstrip())
         return
     entry, kind = _entry(what)

@@ -28,7 +28,7 @@ class Course:
     Args:
         generations: in all, at least 1.
         test_every: generations between looks at samples; 0: twenty looks in all.
-        test_samples: samples, and real images or points, that are looked at; at least 2.
+        test_samples: samples that are looked at, beside at most as many real images or points; at least 2.
         generator: transposed, dcgan, upsampling, mlp.
         latent: length of the noise.
         law: of the noise, uniform on [-1, 1] or normal.

@@ -184,7 +184,10 @@ def _scene(
     for network in (*generators, opponent) if course.he else ():
         _begin_as_he(network)
     evolution = Evolution(settings, [g.net for g in generators], opponent, draw=generators[0].draw)
-    look = Looker(evolution, generators[0], folder.path, real, course.generations, toy, judge, course.features == "inception")
+    look = Looker(
+        evolution, generators[0], folder.path, real, count=course.test_samples, generations=course.generations, toy=toy,
+        judge=judge, inception=course.features == "inception",
+    )  # fmt: skip
     return _Scene(course, reals, look)
 
 

@@ -33,7 +33,8 @@ class Looker:
         evolution: whose champion is looked at.
         generator: the network of the evolution with its noise and range, which is kept in the run.
         run: the run folder.
-        real: real images (N, C, H, W) in [0, 1] or points (N, 2), as many as samples.
+        real: real images (N, C, H, W) in [0, 1] or points (N, 2).
+        count: samples that are looked at.
         generations: of the run in all.
         toy: the law of the points, if they are points.
         judge: a classifier of such images, or None.
@@ -44,6 +45,7 @@ class Looker:
     generator: Generator
     run: Path
     real: Tensor
+    count: int
     generations: int
     toy: Toy | None = None
     judge: nn.Module | None = None
@@ -78,10 +80,10 @@ class Looker:
     def _samples(self, seed: int) -> Tensor:
         self.evolution.champion()
         if self.toy is None:
-            return sample(self.generator, len(self.real), seed=seed)
+            return sample(self.generator, self.count, seed=seed)
         stream = torch.Generator().manual_seed(seed)
         with in_mode(self.generator), torch.no_grad():
-            points: Tensor = self.generator(self.generator.draw(len(self.real), stream)).cpu()
+            points: Tensor = self.generator(self.generator.draw(self.count, stream)).cpu()
         return points
 
     def _figures(self, samples: Tensor) -> tuple[dict[str, float], Tensor | None]:
