@@ -71,11 +71,17 @@ def test_purifier_example(tmp_path: Path) -> None:
     run_python(SETTING + names + small + tail, tmp_path)
 
 
+def test_evolving_example(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs/evolving-generators.md", "python")
+    names = "images = torch.rand(150, 3, 8, 8)\nclassifier = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n"
+    assert "'fid by judge'" in run_python(SETTING + names + code + "\nassert made.shape == (8, 3, 8, 8)", tmp_path)
+
+
 def test_readme_commands_name_real_options() -> None:
     """Every command of the README is understood (shown by asking each for its help) and its options exist."""
     from overproof.cli import app
 
-    pages = ("README.md", "docs/attacks.md", "docs/guards.md", "docs/purifier.md")
+    pages = ("README.md", "docs/attacks.md", "docs/guards.md", "docs/purifier.md", "docs/evolving-generators.md")
     text = "\n".join(block for page in pages for block in blocks(ROOT / page, "sh"))
     commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("overproof")]
     assert len(commands) >= 4

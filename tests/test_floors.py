@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "overproof"
 FLOORS = [
     {"errors", "types", "registry", "folder", "console", "networks", "features", "losses", "config"},
     {"attacks", "models", "data"},
-    {"evaluation", "methods", "guards"},
+    {"evaluation", "methods", "guards", "evolution"},
     {"training", "report", "testing"},
     {"run"},
     {"cli"},

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from overproof.evaluation import boundary_similarity as boundary_similarity
     from overproof.evaluation import compare as compare
     from overproof.evaluation import evaluate as evaluate
+    from overproof.evolution import CEGAN as CEGAN
+    from overproof.evolution import EVOLUTIONS as EVOLUTIONS
+    from overproof.evolution import Evolution as Evolution
     from overproof.features import Tap as Tap
     from overproof.folder import RunFolder as RunFolder
     from overproof.guards import GUARDS as GUARDS
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from overproof.run.api import distill as distill
     from overproof.run.api import load as load
     from overproof.run.api import train as train
+    from overproof.run.evolving import evolve as evolve
     from overproof.run.execute import Run as Run
     from overproof.run.execute import resume as resume
     from overproof.run.grouping import group_report as group_report
@@ -62,6 +66,7 @@ _HOMES = {
     "data": ("DATA", "ImageSet", "Splits", "load_data"),
     "errors": ("OverproofError", "UsageError"),
     "evaluation": ("Evaluation", "boundary_similarity", "compare", "evaluate"),
+    "evolution": ("CEGAN", "EVOLUTIONS", "Evolution"),
     "features": ("Tap",),
     "folder": ("RunFolder",),
     "guards": ("GUARDS", "Cache", "Detector", "Guarded"),
@@ -69,6 +74,7 @@ _HOMES = {
     "models": ("MODELS", "Classifier", "create_model"),
     "report": ("write_report",),
     "run.api": ("distill", "load", "train"),
+    "run.evolving": ("evolve",),
     "run.execute": ("Run", "resume"),
     "run.guard_evaluation": ("evaluate_guarded",),
     "run.grouping": ("group_report",),

@@ -156,7 +156,7 @@ class EvaluationConfig(_Section):
 class RunConfig(_Section):
     """Everything that defines a run."""
 
-    verb: Literal["train", "distill"] = "train"
+    verb: Literal["train", "distill", "evolve"] = "train"
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -165,10 +165,15 @@ class RunConfig(_Section):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    evolution: dict[str, Any] | None = Field(
+        None, description="with verb evolve, for model, method and train; see run/course.py"
+    )
+    judge: TeacherConfig | None = Field(None, description="a classifier that names what generators make")
 
     def table(self) -> dict[str, Any]:
         """As plain values, for TOML."""
-        table: dict[str, Any] = _without_none(self.model_dump(mode="json"))
+        unused = {"model", "method", "train", "evaluation"} if self.verb == "evolve" else None
+        table: dict[str, Any] = _without_none(self.model_dump(mode="json", exclude=unused))
         return table
 
 

@@ -8,6 +8,7 @@ RUN/
   model.json             how to rebuild the model
   data.json              how many images of each class and subgroup there are, if that is known
   method.json            what the method learned beside the model, if it did; method.npz: what of it can be looked at
+  samples.json           figures of what a generator makes, with samples/ (how its pictures came about) and generator.json
   weights/               best.safetensors, last.safetensors
   checkpoint.pt          everything needed to resume (read with weights_only=True)
   evaluations/NAME.json  summary, with NAME.npz (a row per sample) and NAME-gallery.npz (a few images)
@@ -227,6 +228,12 @@ class RunFolder:
     def method(self) -> dict[str, Any]:
         """What the method learned beside the model; {} if nothing."""
         path = self.path / "method.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """What the samples of the run's generator show; {} if it was not looked at."""
+        path = self.path / "samples.json"
         return dict(read_json(path)) if path.exists() else {}
 
     def arrays(self, evaluation: str, kind: str = "") -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cyclopts import App
 
 from overproof.cli.comparing import compare
+from overproof.cli.evolving import evolve
 from overproof.cli.grouping import groups
 from overproof.cli.guarding import guard, predict
 from overproof.cli.looking import evaluate, list_entries, report, show_one
@@ -22,6 +23,7 @@ app = App(
 )
 for _command in (train, distill, probe_linear, resume, evaluate, compare, report, run, demo, reproduce):
     app.command(_command)
+app.command(evolve)
 app.command(predict)
 app.command(groups)
 app.command(guard)

@@ -173,14 +173,19 @@ def report(
 
 
 def list_entries(
-    kind: Literal["methods", "attacks", "models", "data", "guards", "probes"], *, plugin: Plugin = (), json_: Json = False
+    kind: Literal["methods", "attacks", "models", "data", "guards", "probes", "evolutions"],
+    *,
+    plugin: Plugin = (),
+    json_: Json = False,
 ) -> None:
     """Name everything of one kind, with paper and tags."""
     plugins(plugin)
     import importlib
 
     rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA", "guards": "GUARDS"}
-    entries = getattr(importlib.import_module(f"overproof.{kind}"), rooms[kind]).entries() if kind in rooms else []
+    rooms["evolution"] = "EVOLUTIONS"
+    room = kind.removesuffix("s") if kind == "evolutions" else kind
+    entries = getattr(importlib.import_module(f"overproof.{room}"), rooms[room]).entries() if room in rooms else []
     rows = [{"name": e.name, "summary": e.summary, "paper": e.paper, "url": e.url, "tags": list(e.tags)} for e in entries]
     width = max((len(row["name"]) for row in rows), default=0)
     show(rows, json_, "\n".join(f"{row['name']:{width}}  {row['summary']}" for row in rows) or f"There are no {kind} yet.")
@@ -194,12 +199,14 @@ def show_one(what: str, *, plugin: Plugin = (), json_: Json = False) -> None:
     if RunFolder(what).exists:
         from overproof.report import summarise, text_table
         from overproof.report.learned import method_text
+        from overproof.report.words import samples_text
 
         folder = RunFolder(what)
         facts: dict[str, Any] = {"status": folder.status, "config": folder.config, "method": folder.method}
-        facts["runs"] = summarise([folder.path])
+        facts |= {"runs": summarise([folder.path]), "samples": folder.samples}
         state = f"{folder.path}: {folder.status['state']} {folder.status.get('message', '')}"
         parts = [state, (folder.path / "config.toml").read_text(), text_table(facts["runs"]), method_text(folder.method)]
+        parts.append(samples_text(folder.samples))
         show(facts, json_, "\n".join(f"{part}\n" for part in parts if part).rstrip())
         return
     entry, kind = _entry(what)
@@ -214,11 +221,12 @@ def _entry(name: str) -> tuple[Any, str]:
     from overproof.attacks import ATTACKS
     from overproof.data import DATA
     from overproof.errors import UnknownNameError
+    from overproof.evolution import EVOLUTIONS
     from overproof.guards import GUARDS
     from overproof.methods import METHODS
     from overproof.models import MODELS
 
-    tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS)
+    tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS, EVOLUTIONS)
     for table in tables:
         if name in table:
             return table.get(name), table.kind

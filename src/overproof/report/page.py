@@ -23,6 +23,7 @@ from overproof.report.seeds import group_by_seed
 from overproof.report.table import amount, binomial, bounded, columns, duration, percent, row, work
 from overproof.report.text import notes
 from overproof.report.values import number
+from overproof.report.words import sample_rows
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -60,7 +61,7 @@ def write_report(
     )
     environment.filters |= {"percent": percent, "amount": amount, "duration": duration}
     environment.globals |= {"binomial": binomial, "swatch": swatch, "number": number, "work": work, "bounded": bounded}
-    environment.globals |= {"guard_rows": guard_rows, "fallen": fallen, "verdict": verdict}
+    environment.globals |= {"guard_rows": guard_rows, "fallen": fallen, "verdict": verdict, "sample_rows": sample_rows}
     html = environment.get_template("page.html").render(_content(runs, title, baseline))
     with atomic(path) as file:
         file.write(html.encode("utf-8", "replace"))

@@ -30,6 +30,7 @@ class Run:
     status: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -62,7 +63,7 @@ class Run:
 
     def read(self) -> Run:
         """Fill this record from the folder."""
-        for part in ("config", "environment", "status", "method"):
+        for part in ("config", "environment", "status", "method", "samples"):
             setattr(self, part, self._try(part, partial(getattr, self.folder, part), {}))
         if (path := self.folder.path / "model.json").exists():
             self.model = self._try("model.json", partial(_table_in, path), {})

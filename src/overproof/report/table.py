@@ -45,7 +45,7 @@ def row(run: Run) -> Row:
         "name": run.name,
         "path": str(run.folder.path),
         "state": str(run.status.get("state", "unknown")),
-        "method": str(method.get("name") or run.config.get("verb") or NONE),
+        "method": str(method.get("name") or run.section("evolution").get("name") or run.config.get("verb") or NONE),
         "data": str(found.get("data") or run.section("data").get("name") or NONE),
         "model": str(run.section("model").get("name") or found.get("model") or run.model.get("class") or NONE),
         "parameters": number(run.model.get("parameters")) or found.get("parameters"),

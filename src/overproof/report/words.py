@@ -6,7 +6,7 @@ from typing import Any
 
 from overproof.report.flatness import flatness_lines
 from overproof.report.table import NONE, work
-from overproof.report.values import attack_facts, interval, number, sanity_facts
+from overproof.report.values import attack_facts, interval, items, number, sanity_facts, table
 
 
 def evaluation_text(summary: dict[str, Any]) -> str:
@@ -96,3 +96,20 @@ def _boundaries(found: dict[str, Any] | None) -> list[str]:
         lines.append(f"  {name:24} {found[key]:.4f} [{low:.3f}, {high:.3f}]")
     end = f"from {found['images']} images; {found['pairs']} pairs of walks crossed, {found['kept']:.1%} of all"
     return [*lines, f"  {'':24} boundaries seen {end}"]
+
+
+def sample_rows(samples: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a generator's samples show, as names and texts."""
+    figures, selected = table(samples.get("figures")), table(samples.get("selected"))
+    rows = [(str(key), f"{value:.3g}") for key, raw in figures.items() if (value := number(raw)) is not None]
+    rows += [(f"selected {key}", f"{value:.1%}") for key, raw in selected.items() if (value := number(raw)) is not None]
+    if shares := [value for raw in items(samples.get("histogram")) if (value := number(raw)) is not None]:
+        rows.append(("classes by the judge", " ".join(f"{share:.1%}" for share in shares)))
+    return rows + [("warning", str(text)) for text in items(samples.get("warnings"))]
+
+
+def samples_text(samples: dict[str, Any]) -> str:
+    """The same for a terminal; an empty text if there is nothing to tell."""
+    rows = sample_rows(samples)
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"  {name:{width}}  {text}" for name, text in rows)

@@ -63,16 +63,18 @@ def execute(
         FolderError: `out` holds another run, is in use, or cannot be written.
         Interrupted: stopped from outside or by the deadline; resumable.
     """
+    if config.verb == "evolve":
+        from overproof.run.evolving import execute_evolution  # it needs what is here
+
+        trusted = parts is not None and parts.trusted
+        return execute_evolution(config, out, resume=resume, deadline=deadline, trusted=trusted)
     folder, parts, leader = RunFolder(out), parts or Parts(), console.leading()
     config = checked(config, own_attacks=parts.attacks)
     made = claim(folder, config, resume) if leader else []
     if folder.exists and folder.status.get("state") == "done":
         return _finished(folder, parts.student, parts.trusted)
     with (
-        console.quiet_unless(leader),
-        _locked(folder, leader),
-        _recorded(folder, leader, made),
-        _own_randomness(),
+        holding(folder, made, leader=leader),
         borrowed(parts.teacher),
         borrowed(parts.standard_teacher),
         launched(config, folder) as fabric,
@@ -113,7 +115,7 @@ def resume(out: str | Path, *, deadline: float | None = None, trusted: bool = Fa
     """
     folder = RunFolder(out).require()
     config = refuse_code(resolve(folder.config), str(folder.path), trusted)
-    teachers = (config.teacher, config.standard_teacher)
+    teachers = (config.teacher, config.standard_teacher, config.judge)
     if USER in (config.data.name, config.data.extra, config.model.name, *(t.name for t in teachers if t is not None)):
         raise UsageError(
             f"{folder.path} was made from Python objects (data {config.data.name}, model {config.model.name}). Call the same "
@@ -164,6 +166,19 @@ def _remember_teacher(objective: Objective, data: Splits | UserData, fabric: Any
     table = torch.full((int(index.max()) + 1, logits.shape[1]), float("nan"), device=fabric.device)
     table[index] = logits
     objective.remember_teacher(table)
+
+
+@contextlib.contextmanager
+def holding(folder: RunFolder, made: list[Path], *, leader: bool = True) -> Iterator[None]:
+    """The folder is ours inside the block, its state tells what happened, and the caller's random numbers go on afterwards.
+
+    Args:
+        folder: claimed.
+        made: folders that `claim` made, which go again if nothing begins.
+        leader: whether this process speaks and writes.
+    """
+    with console.quiet_unless(leader), _locked(folder, leader), _recorded(folder, leader, made), _own_randomness():
+        yield
 
 
 @contextlib.contextmanager

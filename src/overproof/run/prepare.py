@@ -22,6 +22,7 @@ from overproof.models import MODELS, create_model
 from overproof.models.weights import fill, read_state
 from overproof.networks import in_mode
 from overproof.registry import Entry, Registry
+from overproof.run.course import checked_evolution
 from overproof.run.numbering import check_numbers, rows_of
 from overproof.run.robust import check_extra, warm_up
 from overproof.run.teachers import check_teachers, make_teacher
@@ -64,6 +65,8 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
     Raises:
         UsageError: unknown name or option, a missing teacher, or an augmentation that forbids caching.
     """
+    if config.verb == "evolve" or config.evolution is not None:
+        return checked_evolution(config)
     entry = METHODS.get(config.method.name)
     entry.check(config.method.options, "method")
     check_teachers(config, entry)
@@ -122,7 +125,7 @@ def refuse_code(config: RunConfig, place: str, trusted: bool) -> RunConfig:
     Raises:
         UsageError: a model is named as package.module:callable, and `trusted` is False.
     """
-    teachers = [teacher for teacher in (config.teacher, config.standard_teacher) if teacher is not None]
+    teachers = [teacher for teacher in (config.teacher, config.standard_teacher, config.judge) if teacher is not None]
     names = [config.model.name, *(teacher.name or "" for teacher in teachers)]
     for name in names:
         if ":" in name and name.partition(":")[0] not in ("timm", "torchvision") and not trusted:

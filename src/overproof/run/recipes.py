@@ -2,7 +2,7 @@
 
 [recipe]            title, paper, scale ("cpu" or "gpu"), seeds
 [defaults.SECTION]  what all runs share
-[runs.NAME]         a run; teacher.run = "@OTHER" refers to the run OTHER of the same recipe, and so do standard_teacher.run
+[runs.NAME]         a run; teacher.run = "@OTHER" refers to the run OTHER of the same recipe, and so do standard_teacher.run, judge.run
                     and model.run (a network to begin with, under a new last layer)
 [[figures]]         name, run, metric, and the published value with its source, if there is one
 """
@@ -117,7 +117,7 @@ def _check_references(recipe: Recipe, name: str, path: Path) -> None:
 
 def references(table: Mapping[str, Any]) -> dict[str, str]:
     """The runs of the same recipe that a run learns from or begins with, by section: `run = "@OTHER"` without its sign."""
-    found = {place: table.get(place, {}).get("run", "") for place in ("teacher", "standard_teacher", "model")}
+    found = {place: table.get(place, {}).get("run", "") for place in ("teacher", "standard_teacher", "model", "judge")}
     return {place: run[1:] for place, run in found.items() if run.startswith("@")}
 
 

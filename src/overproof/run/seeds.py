@@ -33,7 +33,7 @@ def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float
 
     With "class-mean" the mean accuracy over classes, and with "worst-1", "worst-3", "worst-5" and "worst-10" that over the classes with the
     least. With "NAME fooling" the share of rightly classified images that an attack breaks; with flatness measured also trace, lambda_max and
-    max_probability, means over the images, and "... median".
+    max_probability, means over the images, and "... median"; of a generator what its samples show, and "selected ORIGIN".
     """
     summary = folder.evaluations.get(evaluation, {})
     found = {name: summary.get(name) for name in ("clean", "worst_case", "ece", "nll")}
@@ -45,6 +45,8 @@ def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float
     for name in ("trace", "lambda_max", "max_probability"):
         middle = flat.get(name) or {}
         found |= {name: middle.get("mean"), f"{name} median": middle.get("median")}
+    found |= folder.samples.get("figures", {})
+    found |= {f"selected {name}": share for name, share in folder.samples.get("selected", {}).items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
