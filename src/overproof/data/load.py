@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from overproof.data import DATA
+from overproof.data.modifiers import modified, split_name
 from overproof.data.splits import Images, Parts, Splits, stratified_split, stratified_subset
 from overproof.errors import DataError, UsageError
 
@@ -24,7 +25,8 @@ def load_data(
     """The train, validation and test parts of a data set.
 
     Args:
-        name: a name from `overproof list data`; or parquet:DIR, folder:DIR, hub:NAME.
+        name: a name from `overproof list data`; or parquet:DIR, folder:DIR, hub:NAME; each with changes such as "+color" after it
+            (see `data.modifiers`).
         root: folder in which named sets are looked for and put; OVERPROOF_DATA or ~/.cache/overproof/data if None.
         validation: share of every class of the train part to hold out; a source's own validation part is taken
             instead. 0 or None: no validation part.
@@ -58,7 +60,8 @@ def load_data(
 
 def read_parts(name: str, root: str | Path | None, options: dict[str, Any]) -> Parts:
     """What the source itself divides into: "train", and "validation" and "test" where it has them; see `load_data`."""
-    kind, colon, argument = name.partition(":")
+    base, changes = split_name(name)
+    kind, colon, argument = base.partition(":")
     entry = DATA.get(kind)
     wanted = entry.positional()
     if wanted and not argument:
@@ -68,7 +71,7 @@ def read_parts(name: str, root: str | Path | None, options: dict[str, Any]) -> P
     if root is not None and "root" in entry.options():
         options = {"root": Path(root), **options}
     parts: Parts = entry.load()(*([argument] if wanted else []), **entry.check(options, "data source"))
-    return dict(parts)
+    return modified(dict(parts), changes, lambda other: read_parts(other, root, {}))
 
 
 def _held_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
