@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cyclopts import App
 
 from overproof.cli.comparing import compare
+from overproof.cli.explaining import explain
 from overproof.cli.guarding import guard, predict
 from overproof.cli.looking import evaluate, list_entries, report, show_one
 from overproof.cli.recipes import demo, reproduce, run
@@ -19,7 +20,7 @@ from overproof.errors import OverproofError, UsageError
 app = App(
     name="overproof", help="Distil image classifiers that are small, accurate and hard to fool.", version_flags=["--version"]
 )
-for _command in (train, distill, probe_linear, resume, evaluate, compare, report, run, demo, reproduce):
+for _command in (train, distill, probe_linear, resume, evaluate, compare, report, run, demo, reproduce, explain):
     app.command(_command)
 app.command(predict)
 app.command(guard)

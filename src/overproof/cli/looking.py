@@ -173,7 +173,7 @@ def list_entries(
     plugins(plugin)
     import importlib
 
-    rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA", "guards": "GUARDS"}
+    rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA", "guards": "GUARDS", "probes": "PROBES"}
     entries = getattr(importlib.import_module(f"overproof.{kind}"), rooms[kind]).entries() if kind in rooms else []
     rows = [{"name": e.name, "summary": e.summary, "paper": e.paper, "url": e.url, "tags": list(e.tags)} for e in entries]
     width = max((len(row["name"]) for row in rows), default=0)
@@ -211,8 +211,9 @@ def _entry(name: str) -> tuple[Any, str]:
     from overproof.guards import GUARDS
     from overproof.methods import METHODS
     from overproof.models import MODELS
+    from overproof.probes import PROBES
 
-    tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS)
+    tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS, PROBES)
     for table in tables:
         if name in table:
             return table.get(name), table.kind

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from overproof.attacks.base import logits_of
+from overproof.data.pictures import find_pictures, read_picture
+from overproof.data.pixels import to_float
+from overproof.errors import DataError
 from overproof.probes.base import Probe, Result, SkipProbe
 from overproof.probes.lab import Lab
 from overproof.probes.material import Cues
 from overproof.probes.store import fingerprint
+
+_NAME = re.compile(r"(.+?)\d*-(.+?)\d*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,7 @@ def decisions(logits: Tensor, merged: Tensor | None) -> Tensor:
     if merged is None:
         return logits.argmax(dim=1)
     kept = merged >= 0
-    members = torch.nn.functional.one_hot(merged[kept]).to(logits.dtype)
+    members = F.one_hot(merged[kept]).to(logits.dtype)
     means = logits.softmax(dim=1)[:, kept] @ members / members.sum(dim=0).clamp(min=1)
     return means.argmax(dim=1)
 
@@ -79,3 +88,31 @@ def shape_or_texture(decided: Tensor, shape: Tensor, texture: Tensor) -> Tensor:
     """1 where the shape was decided for, 0 where the texture was, NaN elsewhere and where both are the same class; (N,)."""
     counts = ((decided == shape) | (decided == texture)) & (shape != texture)
     return (decided == shape).double().where(counts, torch.nan)
+
+
+def read_cues(folder: str | Path, classes: Sequence[str], *, channels: int, side: int, merged: Tensor | None = None) -> Cues:
+    """Images called SHAPE-TEXTURE, each perhaps with a number behind it: cat1-bottle2.png has the shape of a cat.
+
+    Args:
+        folder: of images, searched with all below it.
+        classes: names that shapes and textures have, in the order of the models' classes (of `merged`, if that is given).
+        channels: 1 or 3.
+        side: height and width that the models take, in pixels.
+        merged: see `Cues`.
+
+    Raises:
+        DataError: no images, a name of another form, or a class that is not among `classes`.
+    """
+    places = {name.lower(): number for number, name in enumerate(classes)}
+    paths, pairs = find_pictures([folder]), []
+    for path in paths:
+        match = _NAME.fullmatch(path.stem.lower())
+        found = [places.get(word.strip()) for word in match.groups()] if match else [None]
+        if None in found:
+            raise DataError(
+                f"{path} should be called SHAPE-TEXTURE, such as {classes[0]}1-{classes[-1]}2.png, with classes among {', '.join(classes[:20])}."
+            )
+        pairs.append(found)
+    numbers = torch.tensor(pairs, dtype=torch.long)
+    images = torch.stack([read_picture(path, channels=channels, side=side) for path in paths])
+    return Cues(to_float(images), numbers[:, 0], numbers[:, 1], merged)
