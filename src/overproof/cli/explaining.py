@@ -76,10 +76,13 @@ def explain(
     from overproof.run.explaining import Subject, explain_runs
 
     wanted = [name.strip() for name in probes.split(",") if name.strip()]
-    subject = Subject(
-        data=data, split=split, limit=limit, domains=domain or None, cues=cues, groups=groups, deprived=deprived
-    )
-    others = {"independent": independent, "control": control, "foreign": foreign, "plain": [plain_teacher] if plain_teacher else []}
+    subject = Subject(data=data, split=split, limit=limit, domains=domain or None, cues=cues, groups=groups, deprived=deprived)
+    others: dict[str, Any] = {
+        "independent": independent,
+        "control": control,
+        "foreign": foreign,
+        "plain": [plain_teacher] if plain_teacher else [],
+    }
     found = explain_runs(
         teacher,
         students,
@@ -107,5 +110,7 @@ def _options(overrides: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         table = merge(table, parse_override(text))
     for name, value in table.items():
         if not isinstance(value, dict):
-            raise UsageError(f"--set {name}={value}: write PROBE.option=value, for example --set adversarial-transfer.eps=8/255.")
+            raise UsageError(
+                f"--set {name}={value}: write PROBE.option=value, for example --set adversarial-transfer.eps=8/255."
+            )
     return table

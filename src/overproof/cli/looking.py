@@ -173,7 +173,14 @@ def list_entries(
     plugins(plugin)
     import importlib
 
-    rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA", "guards": "GUARDS", "probes": "PROBES"}
+    rooms = {
+        "methods": "METHODS",
+        "attacks": "ATTACKS",
+        "models": "MODELS",
+        "data": "DATA",
+        "guards": "GUARDS",
+        "probes": "PROBES",
+    }
     entries = getattr(importlib.import_module(f"overproof.{kind}"), rooms[kind]).entries() if kind in rooms else []
     rows = [{"name": e.name, "summary": e.summary, "paper": e.paper, "url": e.url, "tags": list(e.tags)} for e in entries]
     width = max((len(row["name"]) for row in rows), default=0)

@@ -56,7 +56,9 @@ def textured(images: Tensor, generator: Generator, pictures: Tensor) -> Tensor:
     grown = [max(have, want) for have, want in zip(chosen.shape[2:], (height, width), strict=True)]
     if grown != list(chosen.shape[2:]):
         chosen = F.interpolate(chosen, grown, mode="bilinear", align_corners=False)
-    top, left = (draw(have - want + 1, len(images), generator, figure.device) for have, want in zip(grown, (height, width), strict=True))
+    top, left = (
+        draw(have - want + 1, len(images), generator, figure.device) for have, want in zip(grown, (height, width), strict=True)
+    )
     return (cut(chosen, top, left, (height, width)).expand(-1, 3, -1, -1) - figure).abs()
 
 
@@ -78,8 +80,9 @@ def edges(images: Tensor, generator: Generator) -> Tensor:
     slope = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     kernels = torch.stack([slope, slope.T])[:, None]
     found = F.conv2d(F.pad(images.mean(dim=1, keepdim=True), [1] * 4, mode="replicate"), kernels)
-    length = found.norm(dim=1, keepdim=True)
-    return (length / length.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)).expand_as(images).contiguous()
+    length: Tensor = found.norm(dim=1, keepdim=True)
+    shown: Tensor = length / length.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    return shown.expand_as(images).contiguous()
 
 
 def sketch(images: Tensor, generator: Generator) -> Tensor:

@@ -48,4 +48,5 @@ class NoisyLabels(Objective):
         """Class numbers (N,) or weights (N, K) -> probabilities (N, K)."""
         weights = labels if labels.dim() == 2 else F.one_hot(labels, classes).float()
         noisy = weights + self.variance**0.5 * torch.randn_like(weights)
-        return (noisy / self.temperature).softmax(dim=1)
+        probabilities: Tensor = (noisy / self.temperature).softmax(dim=1)
+        return probabilities

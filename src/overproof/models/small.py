@@ -117,7 +117,9 @@ class MnistNet(Network):
     def __init__(self, classes: int, in_channels: int, image_size: int) -> None:
         super().__init__()
         if image_size < 6:
-            raise UsageError(f"mnist-net cuts a border of two pixels and halves the rest: image_size={image_size} must be at least 6.")
+            raise UsageError(
+                f"mnist-net cuts a border of two pixels and halves the rest: image_size={image_size} must be at least 6."
+            )
         side = (image_size - 4) // 2
         self.conv1, self.relu1 = nn.Conv2d(in_channels, 32, 3), nn.ReLU()
         self.conv2, self.relu2 = nn.Conv2d(32, 64, 3), nn.ReLU()

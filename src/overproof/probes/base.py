@@ -91,7 +91,12 @@ class Result:
         number = None if self.number is None else asdict(self.number)
         kept = ("probe", "question", "chance", "share", "notes", "facts", "skipped")
         rows = [
-            {"quantity": row.quantity, "condition": row.condition, "scores": _plain(row.scores), "controls": _plain(row.controls)}
+            {
+                "quantity": row.quantity,
+                "condition": row.condition,
+                "scores": _plain(row.scores),
+                "controls": _plain(row.controls),
+            }
             | {"gap": None if row.gap is None else asdict(row.gap)}
             for row in self.rows
         ]

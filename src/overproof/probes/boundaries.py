@@ -54,12 +54,16 @@ class BoundarySimilarity(Probe):
         rows = order[right[lab.teacher][order]][: self.images].sort().values  # the same for every student, so walked from once
         common = torch.stack([hits[rows] for hits in right.values()]).all(dim=0)
         if not bool(common.any()):
-            raise SkipProbe("There is no image that the teacher and all students get right, from which to walk to their boundaries.")
+            raise SkipProbe(
+                "There is no image that the teacher and all students get right, from which to walk to their boundaries."
+            )
         goals = self._goals(lab, rows)
         each, at = common.repeat_interleave(goals.shape[1]), rows[common]
         taught = {key: ends[each] for key, ends in self._walks(lab, lab.teacher, rows, goals).items()}
         starts = lab.images[at].repeat_interleave(goals.shape[1], dim=0)
-        found = {name: self._alike(starts, taught, self._walks(lab, name, at, goals[common]), goals.shape[1]) for name in lab.judged}
+        found = {
+            name: self._alike(starts, taught, self._walks(lab, name, at, goals[common]), goals.shape[1]) for name in lab.judged
+        }
         angles, lengths = ({name: parts[i] for name, parts in found.items()} for i in (1, 0))
         kept = {name: float(parts[2].mean()) for name, parts in found.items()}
         facts = {"images": len(at), "targets": goals.shape[1], "crossed": kept}
@@ -89,7 +93,9 @@ class BoundarySimilarity(Probe):
         return {"images": torch.cat(ends), "crossed": torch.cat(crossed)}
 
     @staticmethod
-    def _alike(starts: Tensor, taught: dict[str, Tensor], own: dict[str, Tensor], targets: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _alike(
+        starts: Tensor, taught: dict[str, Tensor], own: dict[str, Tensor], targets: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """For each image the mean of both similarities over its walks that crossed in both networks, and the share of these."""
         first, second = (Walk(walk["images"], walk["images"], walk["crossed"], walk["crossed"]) for walk in (taught, own))
         crossed, length, angle = walk_similarities(starts, first, second).view(-1, targets, 3).unbind(dim=2)

@@ -13,7 +13,9 @@ from overproof.networks import in_mode
 CLOSE = 1e-5
 
 
-def grad_cam(model: nn.Module, images: Tensor, labels: Tensor, *, layer: str | None = None, closed: bool | None = None) -> Tensor:
+def grad_cam(
+    model: nn.Module, images: Tensor, labels: Tensor, *, layer: str | None = None, closed: bool | None = None
+) -> Tensor:
     """ReLU(sum_c w_c A_c) with w_c = mean_uv dz_y / dA_c,uv, for the map A and the class y.
 
     Where the head is a global average and one linear layer, w_c = W_yc / (h w) and no gradient is needed.
@@ -48,7 +50,9 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor, *, layer: str | N
                 own = logits.gather(1, labels[:, None]).sum()
                 (gradient,) = torch.autograd.grad(own, maps, allow_unused=True)
             if gradient is None:
-                raise UsageError(f"The logits of {type(model).__name__} do not depend on the layer {layer!r}; name another one.")
+                raise UsageError(
+                    f"The logits of {type(model).__name__} do not depend on the layer {layer!r}; name another one."
+                )
             factors = gradient.mean(dim=(2, 3))
         return torch.einsum("nc,nchw->nhw", factors, maps.detach()).relu()
 

@@ -54,7 +54,9 @@ class CKA(Probe):
         taught = grams[lab.teacher]
         blocks = torch.arange(len(rows)).tensor_split(min(BLOCKS, len(rows) // 2))
         columns = {name: jackknife(taught, grams[name], blocks) for name in lab.judged}
-        grids: dict[str, np.ndarray] = {f"grid/{name}": grid(taught, grams[name]).numpy() for name in (*lab.students, *lab.independents)}
+        grids: dict[str, np.ndarray] = {
+            f"grid/{name}": grid(taught, grams[name]).numpy() for name in (*lab.students, *lab.independents)
+        }
         facts = {"images": len(rows), "layers": {name: len(found) for name, found in grams.items()}}
         row = self.row(lab, "similarity of corresponding layers", columns)
         return self.found(row, share=False, facts=facts, pictures=grids)
@@ -94,7 +96,8 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 def grid(first: Tensor, second: Tensor) -> Tensor:
     """CKA of every pair of Gram matrices, (A, n, n) and (B, n, n) -> (A, B)."""
     ours, theirs = (centred(grams).flatten(1) for grams in (first, second))
-    return (ours @ theirs.T) / (ours.norm(dim=1)[:, None] * theirs.norm(dim=1))
+    cosines: Tensor = (ours @ theirs.T) / (ours.norm(dim=1)[:, None] * theirs.norm(dim=1))
+    return cosines
 
 
 def counterparts(first: int, second: int) -> list[tuple[int, int]]:

@@ -43,7 +43,10 @@ class Domains(Probe):
         """Consensus and accuracy in every domain."""
         if not lab.material.domains:
             raise SkipProbe("No unseen domains are given; name some, such as --domain color or domains={'sketch': data}.")
-        same, right = {"seen": agreeing(lab, "clean", of=lab.images)}, {"seen": correct(lab, "clean", of=lab.images, labels=lab.labels)}
+        same, right = (
+            {"seen": agreeing(lab, "clean", of=lab.images)},
+            {"seen": correct(lab, "clean", of=lab.images, labels=lab.labels)},
+        )
         for domain, (images, labels) in lab.material.domains.items():
             key = ("domain", fingerprint(images, labels))
             same[domain] = agreeing(lab, *key, of=images)
@@ -76,7 +79,9 @@ class Corruptions(Probe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.images >= 1, f"images={self.images} must be at least 1")
-        self.require(bool(self.kinds) and set(self.kinds) <= set(STRENGTHS), f"kinds={self.kinds} are not among {', '.join(STRENGTHS)}")
+        self.require(
+            bool(self.kinds) and set(self.kinds) <= set(STRENGTHS), f"kinds={self.kinds} are not among {', '.join(STRENGTHS)}"
+        )
         self.require(
             bool(self.severities) and set(self.severities) <= set(SEVERITIES), f"severities={self.severities} must be 1 to 5"
         )
@@ -115,8 +120,15 @@ def consensus_rows(probe: Probe, lab: Lab, same: Mapping[str, Columns], right: M
     rows = []
     for quantity, found in (("same answer as the teacher", same), ("accuracy", right)):
         unseen = [columns for condition, columns in found.items() if condition != "seen"]
-        rows.append(probe.row(lab, quantity, {name: torch.cat([columns[name] for columns in unseen]) for name in unseen[0]}))
+        rows.append(probe.row(lab, quantity, {name: _together([columns[name] for columns in unseen]) for name in unseen[0]}))
     for condition in same:
         rows.append(probe.row(lab, "same answer as the teacher", same[condition], condition=condition))
         rows.append(probe.row(lab, "accuracy", right[condition], condition=condition))
     return rows
+
+
+def _together(columns: list[Tensor]) -> Tensor:
+    """A column of what several conditions gave; the same images under each are drawn, or not, as one."""
+    if len({len(column) for column in columns}) == 1:
+        return torch.stack([column.double() for column in columns]).mean(dim=0)
+    return torch.cat(columns)

@@ -43,7 +43,11 @@ class GroupBias(Probe):
         counts = torch.bincount(groups.numbers, minlength=len(groups.names)).tolist()
         empty = [name for name, count in zip(groups.names, counts, strict=True) if not count]
         held = {name: number for number, name in enumerate(groups.names) if name not in empty}
-        notes = [f"No held-out image of {', '.join(empty)}: nothing is said of {'it' if len(empty) == 1 else 'them'}."] if empty else []
+        notes = (
+            [f"No held-out image of {', '.join(empty)}: nothing is said of {'it' if len(empty) == 1 else 'them'}."]
+            if empty
+            else []
+        )
         if len(held) < 2 or groups.deprived in empty:
             raise SkipProbe(f"Held-out images are there of {', '.join(held)} only; one group cannot be compared with others.")
         right = {name: (lab.clean(name) == lab.labels).double() for name in lab.watched}
@@ -56,9 +60,13 @@ class GroupBias(Probe):
         deprived = groups.deprived
         if deprived is None:
             deprived = min(held, key=lambda group: table.mean(f"{lab.teacher} on {group}").value)
-            notes.append(f"Nobody said which group the teacher never saw; {deprived!r}, on which it is worst here, stands for it.")
+            notes.append(
+                f"Nobody said which group the teacher never saw; {deprived!r}, on which it is worst here, stands for it."
+            )
         rows = [_value(lab, table, deprived, list(held)), *(_group(lab, table, group) for group in held)]
-        return self.found(*rows, notes=tuple(notes), facts={"deprived": deprived, "counts": dict(zip(groups.names, counts, strict=True))})
+        return self.found(
+            *rows, notes=tuple(notes), facts={"deprived": deprived, "counts": dict(zip(groups.names, counts, strict=True))}
+        )
 
 
 def _by_class(lab: Lab) -> Groups:
@@ -142,6 +150,8 @@ def _numbered(path: str | Path, rows: list[dict[str, str]]) -> dict[int, str]:
         except (TypeError, ValueError):
             raise DataError(f"{path}, line {line}: the index {row['index']!r} is no whole number.") from None
         if number in named and named[number] != row["group"]:
-            raise DataError(f"{path}, line {line}: image {number} is in {row['group']!r} and in {named[number]!r}; it can be in one group.")
+            raise DataError(
+                f"{path}, line {line}: image {number} is in {row['group']!r} and in {named[number]!r}; it can be in one group."
+            )
         named[number] = row["group"]
     return named

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 RESAMPLES = 1000
 CHUNK = 100
+FEW = 5_000_000  # numbers of draws that are worth keeping for the next table
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,7 @@ class Table:
         self.valid = values.isfinite()
         filled, counted = values.nan_to_num(0, 0, 0), self.valid.double()
         self.means = filled.sum(dim=0) / counted.sum(dim=0)
-        generator, rows, drawn = torch.Generator().manual_seed(seed), len(values), []
-        for first in range(0, resamples, CHUNK):
-            chosen = torch.randint(rows, (min(CHUNK, resamples - first), rows), generator=generator)
-            times = torch.zeros(chosen.shape, dtype=torch.double).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.double))
-            drawn.append((times @ filled) / (times @ counted))
+        drawn = [(times @ filled) / (times @ counted) for times in _times(len(values), resamples, seed)]
         self.draws = torch.cat(drawn)
 
     def mean(self, *names: str) -> Number:
@@ -71,6 +69,24 @@ class Table:
         low, high = draws.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
         value = float(self.means[places] @ factors)
         return Number(value, low, high, int(self.valid[:, places].sum(dim=0).min()))
+
+
+def _times(rows: int, resamples: int, seed: int) -> Iterable[Tensor]:
+    """How often each row occurs in each draw (chunk, rows), chunk by chunk."""
+    return _known(rows, resamples, seed) if rows * resamples <= FEW else _drawn(rows, resamples, seed)
+
+
+@lru_cache(maxsize=4)
+def _known(rows: int, resamples: int, seed: int) -> tuple[Tensor, ...]:
+    return tuple(_drawn(rows, resamples, seed))
+
+
+def _drawn(rows: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for first in range(0, resamples, CHUNK):
+        chosen = torch.randint(rows, (min(CHUNK, resamples - first), rows), generator=generator)
+        ones = torch.ones(chosen.shape, dtype=torch.double)
+        yield torch.zeros_like(ones).scatter_add_(1, chosen, ones)
 
 
 def _shares(names: tuple[str, ...]) -> dict[str, float]:

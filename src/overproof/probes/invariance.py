@@ -45,7 +45,10 @@ class Invariance(Probe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.images >= 1, f"images={self.images} must be at least 1")
-        self.require(all(0 < strength <= self.largest for strength in self.strengths), f"strengths={self.strengths} must lie above 0 and up to {self.largest:g}")
+        self.require(
+            all(0 < strength <= self.largest for strength in self.strengths),
+            f"strengths={self.strengths} must lie above 0 and up to {self.largest:g}",
+        )
         self.require(bool(self.strengths) or self.headline is not None, "strengths is empty; give at least one")
 
     @abstractmethod

@@ -55,7 +55,10 @@ class Localisation(Probe):
         maps = {name: self._maps(lab, name, rows) for name in (lab.teacher, *lab.judged)}
         size = _largest(maps.values())
         alike = {name: similarity(resized(maps[lab.teacher], size), resized(maps[name], size)) for name in lab.judged}
-        pairs = [*product((*lab.students, *lab.roles["control"]), lab.independents), *product(lab.independents[:1], lab.independents[1:])]
+        pairs = [
+            *product((*lab.students, *lab.roles["control"]), lab.independents),
+            *product(lab.independents[:1], lab.independents[1:]),
+        ]
         table = self.table({f"{a} over {b}": wins(alike[a], alike[b]) for a, b in pairs})
         row = self._row(lab, table)
         empty = int((~torch.stack(list(alike.values())).isfinite().all(dim=0)).sum())
@@ -66,7 +69,10 @@ class Localisation(Probe):
         def over(winners: list[str]) -> list[str]:
             return [f"{a} over {b}" for a, b in product(winners, lab.independents)]
 
-        scores = {f"{name} over {other}": table.mean(f"{name} over {other}") for name, other in product(lab.students, lab.independents)}
+        scores = {
+            f"{name} over {other}": table.mean(f"{name} over {other}")
+            for name, other in product(lab.students, lab.independents)
+        }
         controls = {name: table.mean(*over([name])) for name in lab.roles["control"]}
         if len(lab.independents) >= 2:
             first, *others = lab.independents

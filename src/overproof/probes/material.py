@@ -32,7 +32,9 @@ class Cues:
     def __post_init__(self) -> None:
         counts = (len(self.images), len(self.shape), len(self.texture))
         if len(set(counts)) > 1:
-            raise DataError(f"Cue-conflict images: {counts[0]} images, {counts[1]} shapes and {counts[2]} textures; give one each.")
+            raise DataError(
+                f"Cue-conflict images: {counts[0]} images, {counts[1]} shapes and {counts[2]} textures; give one each."
+            )
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ class Planes:
         height = rest.flatten(1).norm(dim=1)
         self.b = rest / per_image(height.clamp(min=tiny), rest)
         zero = torch.zeros_like(reach)
-        self.places = torch.stack([torch.stack([zero, zero], 1), torch.stack([reach, zero], 1), torch.stack([shift, height], 1)], dim=1)
+        self.places = torch.stack(
+            [torch.stack([zero, zero], 1), torch.stack([reach, zero], 1), torch.stack([shift, height], 1)], dim=1
+        )
         low, high = self.places.amin(dim=1), self.places.amax(dim=1)
         margin = BEYOND * (high - low)
         steps = torch.linspace(0, 1, side, dtype=along.dtype)
@@ -92,7 +94,9 @@ class DecisionPlanes(Probe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.planes >= 1 and self.side >= 2, f"planes={self.planes} must be at least 1 and side={self.side} at least 2")
+        self.require(
+            self.planes >= 1 and self.side >= 2, f"planes={self.planes} must be at least 1 and side={self.side} at least 2"
+        )
 
     def measure(self, lab: Lab) -> Result:
         """Agreement with the teacher on the planes of the images and of every unseen domain."""
@@ -104,9 +108,7 @@ class DecisionPlanes(Probe):
             drawn = self.drawn(images)
             key = ("planes", fingerprint(drawn.images), self.side)
             shape = (len(drawn.images), self.side, self.side)
-            maps = {
-                name: lab.predictions(name, *key, of=drawn).view(shape) for name in (lab.teacher, *lab.judged)
-            }
+            maps = {name: lab.predictions(name, *key, of=drawn).view(shape) for name in (lab.teacher, *lab.judged)}
             agreement = {name: (maps[name] == maps[lab.teacher]).double().mean(dim=(1, 2)) for name in lab.judged}
             rows.append(self.row(lab, "same class on planes", agreement, condition=domain))
             pictures = pictures or _pictures(lab, maps, drawn)

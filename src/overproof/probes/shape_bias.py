@@ -55,7 +55,9 @@ class ShapeBias(Probe):
             columns[name] = shape_or_texture(made, cues.shape, cues.texture)
         told = {name: int(column.isfinite().sum()) for name, column in columns.items()}
         notes = tuple(f"{name} never decides for shape or texture." for name, count in told.items() if not count)
-        return self.found(self.row(lab, "shape bias", columns), notes=notes, facts={"decided": told, "images": len(cues.images)})
+        return self.found(
+            self.row(lab, "shape bias", columns), notes=notes, facts={"decided": told, "images": len(cues.images)}
+        )
 
     @staticmethod
     def _decided(lab: Lab, name: str, cues: Cues) -> Tensor:

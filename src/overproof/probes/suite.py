@@ -105,7 +105,9 @@ def explain(
             results[name] = probe.result(lab)
             seconds[name] = round(time.perf_counter() - begun, 3)
             bar.update(number + 1)
-    return Explanation(results, {**_facts(lab), "options": {name: asdict(probe) for name, probe in made.items()}, "seconds": seconds})
+    return Explanation(
+        results, {**_facts(lab), "options": {name: asdict(probe) for name, probe in made.items()}, "seconds": seconds}
+    )
 
 
 def _facts(lab: Lab) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class AdversarialTransfer(Probe):
 
     def _foreign(self, lab: Lab, eps: float) -> Number | None:
         """The gap under images made on others than the teacher, averaged over these."""
-        columns, plus, minus = {}, [], []
+        columns, plus, minus = dict[str, Tensor](), list[str](), list[str]()
         for source in lab.roles["foreign"] or lab.independents:
             others = [name for name in lab.independents if name != source]
             if not others:

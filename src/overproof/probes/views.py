@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overproof.attacks.randomness import Streams, integers, uniform
+from overproof.attacks.threats import per_image
 from overproof.data.steps import cut
 
 Pair = tuple[Tensor, Tensor]
 RANDOM, HUE = 0.4, 0.2
+EYE = (0.2989, 0.587, 0.114)
 ASPECT = 4 / 3
 RESIZED, CROPPED = 256, 224  # the paper's sizes; other images keep their proportion
 
@@ -24,18 +26,35 @@ def colour_views(images: Tensor, streams: Streams, strength: float = 0.0) -> Pai
         strength: s > 0: factors 1 - s or 1 + s, hue turned by s / 2 to either side (1 is a full turn); 0: factors uniform in [0.6, 1.4], hue in
             [-0.2, 0.2].
     """
-    from torchvision.transforms.v2 import functional as change
-
     drawn = uniform(images.new_empty(len(images), 4), streams, -1, 1)
-    if strength:
-        drawn = drawn.sign() * images.new_tensor([strength] * 3 + [strength / 2])
-    else:
-        drawn = drawn * images.new_tensor([RANDOM] * 3 + [HUE])
-    found = []
-    for image, (bright, contrast, saturation, hue) in zip(images, drawn.tolist(), strict=True):
-        image = change.adjust_contrast(change.adjust_brightness(image, 1 + bright), 1 + contrast)
-        found.append(change.adjust_hue(change.adjust_saturation(image, 1 + saturation), hue))
-    return images, torch.stack(found)
+    sizes = [strength] * 3 + [strength / 2] if strength else [RANDOM] * 3 + [HUE]
+    drawn = (drawn.sign() if strength else drawn) * images.new_tensor(sizes)
+    bright, contrast, saturation, hue = (per_image(column, images) for column in drawn.unbind(dim=1))
+    seen = (images * (1 + bright)).clamp(0, 1)
+    seen = _blend(seen, grey(seen).mean(dim=(1, 2, 3), keepdim=True), contrast)
+    if images.shape[1] == 3:
+        seen = turned(_blend(seen, grey(seen), saturation), hue)
+    return images, seen
+
+
+def _blend(images: Tensor, other: Tensor, more: Tensor) -> Tensor:
+    return (other + (1 + more) * (images - other)).clamp(0, 1)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Brightness as the eye weighs colours (N, 1, H, W); grey images are their own."""
+    return images if images.shape[1] == 1 else (images * per_image(images.new_tensor(EYE), images[0])).sum(dim=1, keepdim=True)
+
+
+def turned(images: Tensor, by: Tensor) -> Tensor:
+    """Colours (N, 3, H, W) with the hue turned; 1 is a full turn, shaped to act on images."""
+    top, place = images.max(dim=1, keepdim=True)
+    span = top - images.amin(dim=1, keepdim=True)
+    after, before = (images.gather(1, (place + step) % 3) for step in (1, 2))
+    sixth = 2 * place + (after - before) / span.where(span > 0, 1.0) + 6 * by
+    offsets = images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    wheel = (offsets + sixth) % 6
+    return top - span * torch.minimum(wheel, 4 - wheel).clamp(0, 1)
 
 
 def crop_views(images: Tensor, streams: Streams, strength: float = 0.5) -> Pair:
@@ -88,4 +107,3 @@ def shift_views(images: Tensor, streams: Streams, strength: float = 8.0) -> Pair
         top, left = (begin + integers(more + 1, (), streams, images.device) for begin, more in zip(first, room, strict=True))
         views.append(cut(big, top, left, (height, width)))
     return views[0], views[1]
-

@@ -92,7 +92,9 @@ def _finding(name: str, found: Mapping[str, Any]) -> Finding:
     told = ", ".join(f"{key} {figure(number(table(value).get('value')), share, chance)}" for key, value in controls.items())
     about = f"{first.get('quantity', '')}"
     notes = [str(note) for note in items(found.get("notes"))]
-    return Finding(name, f"{found.get('question', '')} ({about})", with_interval(gap, share, chance), told, verdict(found), notes)
+    return Finding(
+        name, f"{found.get('question', '')} ({about})", with_interval(gap, share, chance), told, verdict(found), notes
+    )
 
 
 def verdict(found: Mapping[str, Any]) -> str:

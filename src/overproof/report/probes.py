@@ -36,7 +36,9 @@ def gaps(probes: Mapping[str, Any]) -> Chart | None:
         for place, (_, (value, low, high), controls) in enumerate(reversed(rows)):
             axes.barh(place, value, 0.55, color=PALETTE[0], alpha=0.8)
             axes.plot([low, high], [place, place], color=INK, linewidth=1.2)
-            axes.scatter(controls, [place] * len(controls), s=22, facecolors="none", edgecolors=PALETTE[1], linewidths=1.3, zorder=3)
+            axes.scatter(
+                controls, [place] * len(controls), s=22, facecolors="none", edgecolors=PALETTE[1], linewidths=1.3, zorder=3
+            )
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)], fontsize=8)
         axes.tick_params(axis="y", length=0)
@@ -66,7 +68,9 @@ def scores(found: Mapping[str, Any]) -> Chart | None:
         axes.set(ylabel="fooled (%)", ylim=(0, 102))
 
     note = "Teacher: of all images. Others: of the images that fool the teacher. Lines: 95 % over images."
-    return Chart("Fooled by images made against the teacher", draw(paint, "Share of images fooling each model", bottom=0.75), note)
+    return Chart(
+        "Fooled by images made against the teacher", draw(paint, "Share of images fooling each model", bottom=0.75), note
+    )
 
 
 def curves(name: str, found: Mapping[str, Any]) -> Chart | None:
@@ -87,7 +91,9 @@ def curves(name: str, found: Mapping[str, Any]) -> Chart | None:
         axes.set(xlabel=f"strength of {name}", ylabel="same answer (%)")
         axes.legend(frameon=False, fontsize=7)
 
-    return Chart(f"Same answer to both views: {name}", draw(paint, f"Agreement over the strength of {name}"), "Band: 95 % over images.")
+    return Chart(
+        f"Same answer to both views: {name}", draw(paint, f"Agreement over the strength of {name}"), "Band: 95 % over images."
+    )
 
 
 def planes(arrays: Mapping[str, np.ndarray]) -> list[Chart]:
@@ -98,7 +104,9 @@ def planes(arrays: Mapping[str, np.ndarray]) -> list[Chart]:
         return []
     places, axes = arrays["decision-planes/places"].astype(float), arrays["decision-planes/axes"].astype(float)
     return [
-        _plane(arrays[f"{prefix}{name}"][i], places[i], axes[i], f"plane {i + 1}: {name}") for i in range(min(MOST, len(places))) for name in names
+        _plane(arrays[f"{prefix}{name}"][i], places[i], axes[i], f"plane {i + 1}: {name}")
+        for i in range(min(MOST, len(places)))
+        for name in names
     ]
 
 
@@ -121,7 +129,9 @@ def _plane(classes: np.ndarray, places: np.ndarray, axes_of: np.ndarray, title: 
 def grids(arrays: Mapping[str, np.ndarray]) -> list[Chart]:
     """Similarity of every layer of the teacher (down) with every layer of a student (across)."""
     prefix = "cka/grid/"
-    return [_grid(values.astype(float), name.removeprefix(prefix)) for name, values in arrays.items() if name.startswith(prefix)]
+    return [
+        _grid(values.astype(float), name.removeprefix(prefix)) for name, values in arrays.items() if name.startswith(prefix)
+    ]
 
 
 def _grid(values: np.ndarray, name: str) -> Chart:
@@ -158,7 +168,8 @@ def _under(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
     height, width = image.shape[1:]
     cells = cam[(np.arange(height) * cam.shape[0] // height)[:, None], np.arange(width) * cam.shape[1] // width]
     colour = np.repeat(image, 3, axis=0) if image.shape[0] == 1 else image
-    return colour * (1 - COVER * cells) + np.array(HEAT)[:, None, None] * COVER * cells
+    covered: np.ndarray = colour * (1 - COVER * cells) + np.array(HEAT)[:, None, None] * COVER * cells
+    return covered
 
 
 def _role(name: str) -> int:

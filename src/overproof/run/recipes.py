@@ -110,7 +110,9 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
                 f"metric of figure {figure.name!r}, which compares two runs, of {path}:", figure.metric, (*ALIKE, *PROBED)
             )
         if (figure.data or figure.options) and not (figure.against and figure.metric in PROBED):
-            raise UsageError(f"{path}, figure {figure.name!r}: `data` and `options` need `against`, and a metric among {', '.join(PROBED)}.")
+            raise UsageError(
+                f"{path}, figure {figure.name!r}: `data` and `options` need `against`, and a metric among {', '.join(PROBED)}."
+            )
     return recipe
 
 
