@@ -113,7 +113,8 @@ class AdversarialTransfer(Probe):
         attack, found = BIM(eps=eps, steps=self.steps, step_size=eps / 4, early_stop=False), []
         with lab.running(source) as (model, device):
             for part in torch.split(rows, lab.batch_size):
-                found.append(attack(model, lab.images[part].to(device), lab.labels[part].to(device)).cpu())
+                streams = lab.streams("attack", self.seed, part)  # draws nothing, and leaves the global generator alone
+                found.append(attack(model, lab.images[part].to(device), lab.labels[part].to(device), streams).cpu())
         return torch.cat(found)
 
     def _radius(self, lab: Lab) -> float:
