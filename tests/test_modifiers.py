@@ -82,7 +82,9 @@ def test_a_change_belongs_to_the_image_whoever_reads_the_set() -> None:
 
 
 def test_mixed_is_the_set_in_colour_and_then_under_each_change() -> None:
-    parts = {name: read_parts(f"digits+{name}", None, {})["test"].images for name in ("mixed:color,sketch", "rgb", "color", "sketch")}
+    parts = {
+        name: read_parts(f"digits+{name}", None, {})["test"].images for name in ("mixed:color,sketch", "rgb", "color", "sketch")
+    }
     rgb, color, lines = parts["mixed:color,sketch"].chunk(3)
     assert torch.equal(rgb, parts["rgb"])
     assert torch.equal(color, parts["color"])
@@ -137,7 +139,10 @@ def test_corruptions_in_closed_form() -> None:
     for severity, std in enumerate(STRENGTHS["noise"], start=1):
         noise = corrupted(flat, "noise", severity, drawn()) - flat
         assert noise.std() == pytest.approx(std, rel=0.03)
-        assert torch.equal(corrupted(flat, "blur", severity, drawn()), flat) or (corrupted(flat, "blur", severity, drawn()) - flat).abs().max() < 1e-6
+        assert (
+            torch.equal(corrupted(flat, "blur", severity, drawn()), flat)
+            or (corrupted(flat, "blur", severity, drawn()) - flat).abs().max() < 1e-6
+        )
     images = torch.rand(2, 3, 8, 8, generator=drawn())
     faded = corrupted(images, "contrast", 3, drawn())
     mean = images.mean(dim=(2, 3))

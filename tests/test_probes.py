@@ -20,7 +20,21 @@ from overproof.evaluation.counting import Passes
 from overproof.features import Tap
 from overproof.losses.divergences import cross_entropy
 from overproof.networks import digest
-from overproof.probes import PROBES, Cues, Groups, Lab, Material, Planes, Probe, Store, Table, explain, grad_cam, linear_cka, read_groups
+from overproof.probes import (
+    PROBES,
+    Cues,
+    Groups,
+    Lab,
+    Material,
+    Planes,
+    Probe,
+    Store,
+    Table,
+    explain,
+    grad_cam,
+    linear_cka,
+    read_groups,
+)
 from overproof.probes.base import FEWER, SEEDS
 from overproof.probes.boundaries import BoundarySimilarity
 from overproof.probes.cam import closed_head, spatial_layer
@@ -102,7 +116,9 @@ def material(cast: dict[str, nn.Module]) -> Material:
     with torch.no_grad():
         labels = cast["teacher"](x).argmax(dim=1)
     dark = (images(24, seed=1).flip(3), labels.roll(1))
-    return Material(x, labels, domains={"dark": dark}, cues=Cues(images(20, seed=2), torch.arange(20) % 3, torch.arange(20) % 2))
+    return Material(
+        x, labels, domains={"dark": dark}, cues=Cues(images(20, seed=2), torch.arange(20) % 3, torch.arange(20) % 2)
+    )
 
 
 # ---- the theorem, and identities ------------------------------------------------------------------------------------
@@ -231,7 +247,9 @@ def test_closed_form_is_the_gradient() -> None:
 def test_gradients_from_the_map_on_where_layers_work_in_place() -> None:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True))
-    model = nn.Sequential(body, nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True)), nn.Flatten(), nn.Linear(5 * 16, 3)).eval()
+    model = nn.Sequential(
+        body, nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True)), nn.Flatten(), nn.Linear(5 * 16, 3)
+    ).eval()
     x, labels = images(), torch.arange(24) % 3
     for parameter in model.parameters():
         parameter.requires_grad_(False)  # a frozen network has maps too
@@ -304,7 +322,9 @@ def test_images_against_the_teacher_keep_to_the_rules(cast: dict[str, nn.Module]
     assert after > before
     columns = probe.columns(lab, "teacher", 0.02)
     with torch.no_grad():
-        teacher, student = ((cast[n](attacked).argmax(1) != cast[n](material.images).argmax(1)) for n in ("teacher", "student:a"))
+        teacher, student = (
+            (cast[n](attacked).argmax(1) != cast[n](material.images).argmax(1)) for n in ("teacher", "student:a")
+        )
     assert 0 < teacher.sum() < 24
     assert torch.equal(columns["teacher"], teacher)
     assert columns["student:a"][teacher].tolist() == student[teacher].double().tolist()
@@ -321,7 +341,9 @@ def test_no_radius_no_fooling(cast: dict[str, nn.Module], material: Material) ->
     assert "No image fools the teacher at eps=0" in probe.run(cast, material).skipped
 
 
-def test_the_radius_is_found_at_which_the_teacher_is_fooled_as_often_as_wanted(cast: dict[str, nn.Module], material: Material) -> None:
+def test_the_radius_is_found_at_which_the_teacher_is_fooled_as_often_as_wanted(
+    cast: dict[str, nn.Module], material: Material
+) -> None:
     found = AdversarialTransfer(target=0.5).run(cast, material)
     assert found.facts["teacher_fooled"] >= 0.5
     smaller = AdversarialTransfer(eps=found.facts["eps"] / 1.3).run(cast, material)
@@ -332,7 +354,9 @@ def test_the_radius_is_found_at_which_the_teacher_is_fooled_as_often_as_wanted(c
         weak.net.fc.weight *= 0
         weak.net.fc.bias.copy_(torch.tensor([1.0, 0, 0]))
     assert AdversarialTransfer().run({"teacher": weak, "student": weak}, material).skipped
-    flat = AdversarialTransfer(eps=0.1).run({"teacher": stubborn, "student": stubborn}, Material(numbered(24), torch.zeros(24).long()))
+    flat = AdversarialTransfer(eps=0.1).run(
+        {"teacher": stubborn, "student": stubborn}, Material(numbered(24), torch.zeros(24).long())
+    )
     assert "gradient" in flat.skipped
 
 
@@ -457,7 +481,11 @@ def test_consensus_and_accuracy_by_hand() -> None:
     found = Domains().run(models, Material(numbered(4), labels, domains={"other": (numbered(4, 4), labels)}))
     rows = {(row.quantity, row.condition): row for row in found.rows}
     same, right = "same answer as the teacher", "accuracy"
-    assert {k: v.value for k, v in rows[same, "other"].scores.items()} == {"student": 0.75, "independent:0": 0.25, "independent:1": 0.5}
+    assert {k: v.value for k, v in rows[same, "other"].scores.items()} == {
+        "student": 0.75,
+        "independent:0": 0.25,
+        "independent:1": 0.5,
+    }
     assert rows[same, "other"].gap.value == pytest.approx(0.75 - 0.375)
     assert rows[same, "other"].controls[SEEDS].value == pytest.approx(-0.25)
     assert {k: v.value for k, v in rows[right, "other"].scores.items()} == {
@@ -620,7 +648,9 @@ def test_cka_probe_compares_stages_and_head(cast: dict[str, nn.Module], material
     features = {}
     for name in ("teacher", "student:a"):
         with torch.no_grad():
-            features[name] = list(Tap(cast[name], ("net.layers.0", "net.layers.1", "net.fc:input"))(material.images[rows])[1].values())
+            features[name] = list(
+                Tap(cast[name], ("net.layers.0", "net.layers.1", "net.fc:input"))(material.images[rows])[1].values()
+            )
     expected = [float(linear_cka(a, b)) for a, b in zip(features["teacher"], features["student:a"], strict=True)]
     number = found.rows[0].scores["student:a"]
     assert number.value == pytest.approx(sum(expected) / 3, abs=1e-9)
@@ -710,7 +740,10 @@ def test_boundaries_of_linear_classifiers() -> None:
     gaps = [(x.flatten(1) @ w) - (x.flatten(1) @ w).mean() + gap + 1e-4 for gap in (2.0, 6.0)]
     assert other.scores["student"].value == pytest.approx(float((gaps[0] / gaps[1]).mean()), abs=1e-6)
     wrong = Material(x, torch.ones(8, dtype=torch.long))
-    assert "no image that the teacher and all students get right" in BoundarySimilarity().run({"teacher": near, "student": far}, wrong).skipped
+    assert (
+        "no image that the teacher and all students get right"
+        in BoundarySimilarity().run({"teacher": near, "student": far}, wrong).skipped
+    )
 
 
 # ---- the lab, the store, the suite ----------------------------------------------------------------------------------
@@ -760,7 +793,9 @@ def test_what_concerns_the_teacher_is_computed_once(tmp_path: Path, cast: dict[s
         found = explain(student, material, options=BRIEF, store=tmp_path)
     assert second.forward == 1  # only to see how many classes it has
     fresh = explain(student, material, options=BRIEF)
-    assert {k: v for k, v in found.summary.items() if k != "seconds"} == {k: v for k, v in fresh.summary.items() if k != "seconds"}
+    assert {k: v for k, v in found.summary.items() if k != "seconds"} == {
+        k: v for k, v in fresh.summary.items() if k != "seconds"
+    }
     files[0].write_bytes(b"no tensors")
     with third.of(cast["teacher"]):
         explain(student, material, options=BRIEF, store=tmp_path)
@@ -793,13 +828,23 @@ def test_other_data_and_other_teachers_have_other_keys(cast: dict[str, nn.Module
 
 
 def test_probes_that_cannot_answer_do_not_stop_the_others() -> None:
-    models = {name: overproof.create_model("mlp", 3, 1, 8, hidden=(6,)) for name in ("teacher", "student", "independent:0", "independent:1")}
-    found = explain(models, Material(images(), torch.arange(24) % 3), options={"cka": {"images": 12}}, probes=("localisation", "shape-bias", "cka", "crop"))
+    models = {
+        name: overproof.create_model("mlp", 3, 1, 8, hidden=(6,))
+        for name in ("teacher", "student", "independent:0", "independent:1")
+    }
+    found = explain(
+        models,
+        Material(images(), torch.arange(24) % 3),
+        options={"cka": {"images": 12}},
+        probes=("localisation", "shape-bias", "cka", "crop"),
+    )
     assert set(found.skipped) == {"localisation", "shape-bias"}
     assert "'teacher': Classifier has no stage with a spatial layout" in found.skipped["localisation"]
     assert "--cues DIR" in found.skipped["shape-bias"]
     assert found["crop"].number is not None
-    lonely = Localisation().run({name: models[name] for name in ("teacher", "student")}, Material(images(), torch.arange(24) % 3))
+    lonely = Localisation().run(
+        {name: models[name] for name in ("teacher", "student")}, Material(images(), torch.arange(24) % 3)
+    )
     assert "without an independent student" in lonely.skipped
     assert "No unseen domains" in Domains().run(models, Material(images(), torch.arange(24) % 3)).skipped
 
@@ -863,8 +908,13 @@ def test_names_and_options_of_probes(cast: dict[str, nn.Module], material: Mater
 
 
 def test_in_python_with_a_set_by_name(tmp_path: Path) -> None:
-    models = {name: overproof.create_model("cnn", 10, 1, 8, widths=(4,)) for name in ("teacher", "student", "independent:0", "independent:1")}
-    found = overproof.explain(models, "digits", probes=["domains", "crop"], options={"crop": {"images": 50, "strengths": (0.5,)}})
+    models = {
+        name: overproof.create_model("cnn", 10, 1, 8, widths=(4,))
+        for name in ("teacher", "student", "independent:0", "independent:1")
+    }
+    found = overproof.explain(
+        models, "digits", probes=["domains", "crop"], options={"crop": {"images": 50, "strengths": (0.5,)}}
+    )
     assert set(found.skipped) == {"domains"}
     path = found.save(tmp_path)
     assert path.name == "explanation.json"
