@@ -103,3 +103,16 @@ def test_guards_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert line["name"] == "guards"
     assert line["ratios"] == {"cache_3k_32": 0.5, "cache_memory_3k_32": 1.0}
     assert line["equal"] is True
+
+
+def test_probes_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "probes.py"))
+    small = {"PLANES": {"planes": 2, "side": 4}, "EPOCHS": 1, "NETWORKS": ({"widths": (4, 6)}, {"widths": (4,)})}
+    for name, value in small.items():
+        monkeypatch.setitem(module["main"].__globals__, name, value)
+    monkeypatch.setattr("sys.argv", ["probes.py", "--images", "40", "--turns", "1"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "probes"
+    assert set(line["ratios"]) == {"suite"}
+    assert line["equal"] is True

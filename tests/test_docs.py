@@ -77,11 +77,21 @@ def test_evolving_example(tmp_path: Path) -> None:
     assert "'fid by judge'" in run_python(SETTING + names + code + "\nassert made.shape == (8, 3, 8, 8)", tmp_path)
 
 
+def test_explain_example(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs/explain.md", "python")
+    names = "from overproof import create_model\nteacher, student, first, second = (create_model('cnn', 10, 3, 32, widths=(4, 8)) for _ in range(4))\n"
+    names += "group_of_each_image = labels % 2\n"
+    tail = "\nassert found['group-bias'].facts['deprived'] == 'south' and not found.skipped"
+    assert "Number(value=" in run_python(SETTING + names + code + tail, tmp_path)
+    assert (tmp_path / "runs/explanation.json").exists()
+
+
 def test_readme_commands_name_real_options() -> None:
     """Every command of the README is understood (shown by asking each for its help) and its options exist."""
     from overproof.cli import app
 
-    pages = ("README.md", "docs/attacks.md", "docs/guards.md", "docs/purifier.md", "docs/evolving-generators.md")
+    names = ("attacks", "guards", "purifier", "evolving-generators", "explain")
+    pages = ("README.md", *(f"docs/{name}.md" for name in names))
     text = "\n".join(block for page in pages for block in blocks(ROOT / page, "sh"))
     commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("overproof")]
     assert len(commands) >= 4

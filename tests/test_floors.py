@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "types", "registry", "folder", "console", "networks", "features", "losses", "config"},
     {"attacks", "models", "data"},
     {"evaluation", "methods", "guards", "evolution"},
-    {"training", "report", "testing"},
+    {"training", "report", "testing", "probes"},
     {"run"},
     {"cli"},
 ]

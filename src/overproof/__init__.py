@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from overproof.models import MODELS as MODELS
     from overproof.models import Classifier as Classifier
     from overproof.models import create_model as create_model
+    from overproof.probes import PROBES as PROBES
+    from overproof.probes import explain as explain
     from overproof.report import write_report as write_report
     from overproof.run.api import distill as distill
     from overproof.run.api import load as load
@@ -72,6 +74,7 @@ _HOMES = {
     "guards": ("GUARDS", "Cache", "Detector", "Guarded"),
     "methods": ("METHODS", "Objective", "RobustObjective"),
     "models": ("MODELS", "Classifier", "create_model"),
+    "probes": ("PROBES", "explain"),
     "report": ("write_report",),
     "run.api": ("distill", "load", "train"),
     "run.evolving": ("evolve",),

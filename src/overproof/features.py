@@ -20,16 +20,21 @@ POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 class _Store:
     """Where hooks leave features while their tap is called; `features` is None at all other times."""
 
-    def __init__(self, copies: bool) -> None:
+    def __init__(self, copies: bool, leaves: bool) -> None:
         self.features: dict[str, Tensor] | None = None
-        self.copies = copies
+        self.copies, self.leaves = copies, leaves
 
-    def put(self, name: str, value: Any) -> None:
+    def put(self, name: str, value: Any) -> Tensor | None:
+        """Keep the feature; returns what the network is to go on with, None for what it has."""
         if self.features is None:
-            return
+            return None
         if not isinstance(value, Tensor):
             raise OverproofError(f"The layer {name!r} gives {type(value).__name__}, not a tensor; tap a layer inside it.")
+        if self.leaves:
+            self.features[name] = value.detach().requires_grad_()
+            return self.features[name].clone()  # which layers that work in place may overwrite
         self.features[name] = value.clone() if self.copies else value
+        return None
 
 
 class _Output:
@@ -38,8 +43,8 @@ class _Output:
     def __init__(self, store: _Store, name: str) -> None:
         self.store, self.name = store, name
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.store.put(self.name, output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        return self.store.put(self.name, output)
 
 
 class _Input:
@@ -48,8 +53,11 @@ class _Input:
     def __init__(self, store: _Store, name: str) -> None:
         self.store, self.name = store, name
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.store.put(self.name, args[0] if args else next(iter(kwargs.values()), None))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed = self.store.put(self.name, args[0] if args else next(iter(kwargs.values()), None))
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): changed})
 
 
 class Tap:
@@ -65,12 +73,13 @@ class Tap:
     Args:
         module: the network; the tap refers to it and registers none of its parameters.
         names: "layer1" for the output of that submodule, "layer1.relu:input" for its first input.
+        leaves: gradients begin at the features instead of flowing through them: each is a leaf, and nothing before it is remembered.
 
     Raises:
         UnknownNameError: no such submodule; offers the nearest.
     """
 
-    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, names: Iterable[str], *, leaves: bool = False) -> None:
         self.module, self.names = module, tuple(names)
         known = dict(module.named_modules())
         for name in self.names:
@@ -80,7 +89,7 @@ class Tap:
         in_place = any(getattr(layer, "inplace", False) for layer in known.values())
         if any(getattr(layer, "_compiled_call_impl", None) or hasattr(layer, "_orig_mod") for layer in known.values()):
             torch.compiler.reset()  # graphs compiled before this tap would leave its hooks out
-        self._store = _Store(in_place)
+        self._store = _Store(in_place, leaves)
         self._handles = []
         for name in self.names:
             layer = known[name.removesuffix(INPUT)]

@@ -11,6 +11,7 @@ from cyclopts import App
 
 from overproof.cli.comparing import compare
 from overproof.cli.evolving import evolve
+from overproof.cli.explaining import explain
 from overproof.cli.grouping import groups
 from overproof.cli.guarding import guard, predict
 from overproof.cli.looking import evaluate, list_entries, report, show_one
@@ -21,7 +22,7 @@ from overproof.errors import OverproofError, UsageError
 app = App(
     name="overproof", help="Distil image classifiers that are small, accurate and hard to fool.", version_flags=["--version"]
 )
-for _command in (train, distill, probe_linear, resume, evaluate, compare, report, run, demo, reproduce):
+for _command in (train, distill, probe_linear, resume, evaluate, compare, report, run, demo, reproduce, explain):
     app.command(_command)
 app.command(evolve)
 app.command(predict)

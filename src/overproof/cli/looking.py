@@ -183,7 +183,7 @@ def list_entries(
     import importlib
 
     rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA", "guards": "GUARDS"}
-    rooms["evolution"] = "EVOLUTIONS"
+    rooms |= {"evolution": "EVOLUTIONS", "probes": "PROBES"}
     room = kind.removesuffix("s") if kind == "evolutions" else kind
     entries = getattr(importlib.import_module(f"overproof.{room}"), rooms[room]).entries() if room in rooms else []
     rows = [{"name": e.name, "summary": e.summary, "paper": e.paper, "url": e.url, "tags": list(e.tags)} for e in entries]
@@ -225,8 +225,9 @@ def _entry(name: str) -> tuple[Any, str]:
     from overproof.guards import GUARDS
     from overproof.methods import METHODS
     from overproof.models import MODELS
+    from overproof.probes import PROBES
 
-    tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS, EVOLUTIONS)
+    tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS, EVOLUTIONS, PROBES)
     for table in tables:
         if name in table:
             return table.get(name), table.kind

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from overproof.data import DATA
 from overproof.data.attributes import with_side_file
+from overproof.data.modifiers import modified, split_name
 from overproof.data.splits import Images, Parts, Splits, long_tailed, stratified_split, stratified_subset
 from overproof.errors import DataError, UsageError
 
@@ -31,7 +32,8 @@ def load_data(
     """The train, validation and test parts of a data set.
 
     Args:
-        name: a name from `overproof list data`; or parquet:DIR, folder:DIR, hub:NAME.
+        name: a name from `overproof list data`; or parquet:DIR, folder:DIR, hub:NAME; each with changes such as "+color" after it
+            (see `data.modifiers`).
         root: folder in which named sets are looked for and put; OVERPROOF_DATA or ~/.cache/overproof/data if None.
         validation: share of every class of the train part to hold out; a source's own validation part is taken
             instead. 0 or None: no validation part.
@@ -67,7 +69,8 @@ def read_parts(
     attribute_file: str | Path | None = None,
 ) -> Parts:
     """What the source itself divides into: "train", and "validation" and "test" where it has them; see `load_data`."""
-    kind, colon, argument = name.partition(":")
+    base, changes = split_name(name)
+    kind, colon, argument = base.partition(":")
     entry = DATA.get(kind)
     wanted = entry.positional()
     if wanted and not argument:
@@ -83,7 +86,8 @@ def read_parts(
             )
         options = {"attribute": attribute, **options}
     parts: Parts = entry.load()(*([argument] if wanted else []), **entry.check(options, "data source"))
-    return dict(parts) if attribute_file is None else with_side_file(parts, attribute_file, attribute)
+    whole = dict(parts) if attribute_file is None else with_side_file(parts, attribute_file, attribute)
+    return modified(whole, changes, lambda other: read_parts(other, root, {}))
 
 
 def divided(

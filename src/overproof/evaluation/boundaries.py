@@ -94,7 +94,7 @@ def boundary_similarity(
         for part in torch.split(torch.arange(goals.numel(), device=rows.device), batch_size):
             at = part // goals.shape[1]
             starts, goal = images[rows[at]], goals.flatten()[part]
-            found = _measures(starts, go(a, starts, base[at], goal), go(b, starts, base[at], goal))
+            found = walk_similarities(starts, go(a, starts, base[at], goal), go(b, starts, base[at], goal))
             sums.index_add_(0, at, found)
     return _summary(sums.cpu(), goals.numel(), resamples, seed)
 
@@ -130,7 +130,7 @@ def _common(a: nn.Module, b: nn.Module, images: Tensor, labels: Tensor | None, b
     return rows, ours[rows], classes
 
 
-def _measures(starts: Tensor, first: Walk, second: Walk) -> Tensor:
+def walk_similarities(starts: Tensor, first: Walk, second: Walk) -> Tensor:
     """For each pair of walks (M, 3): 1, and the two similarities; 0 throughout if one of them failed."""
     u, v = first.images - starts, second.images - starts
     length = length_similarity(u, v)

@@ -34,23 +34,26 @@ def size_matching_conv(place: Place) -> nn.Module:
 class Regressor(nn.Sequential):
     """Size-matching convolution, normalisation and ReLU; then `depth - 1` times a 3x3 convolution, normalisation and ReLU.
 
-    The last ReLU is left out where the teacher's feature has negative values, which it could never reach.
+    The last ReLU is left out where the teacher's feature has negative values, which it could never reach. A plain regressor has convolutions
+    alone.
 
     Args:
         place: the shapes, found by a dry forward.
         depth: convolutions, at least 1.
+        plain: without normalisation and ReLU.
     """
 
-    def __init__(self, place: Place, *, depth: int = 1) -> None:
+    def __init__(self, place: Place, *, depth: int = 1, plain: bool = False) -> None:
         super().__init__()
         if depth < 1:
             raise UsageError(f"A regressor needs at least one convolution, not depth={depth}.")
         channels = place.teacher_shape[0]
         for i in range(depth):
             self.append(size_matching_conv(place) if i == 0 else nn.Conv2d(channels, channels, 3, padding=1))
-            self.append(nn.BatchNorm2d(channels))
-            self.append(nn.ReLU())
-        if place.signed:
+            if not plain:
+                self.append(nn.BatchNorm2d(channels))
+                self.append(nn.ReLU())
+        if place.signed and not plain:
             self.pop(-1)
 
     def forward(self, feature: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ class FitNet(FeatureObjective):
         teacher: images -> logits (N, K), frozen.
         weight: of the hints, at least 0.
         regressor_depth: convolutions of the regressor r, at least 1.
+        plain_regressor: r is convolutions alone. With this and weight = beta c h w / 2, for maps (c, h, w), the hint is beta / 2 times the
+            squared distance by which the transfer of knowledge was probed (arXiv 2205.16004).
         student_layers, teacher_layers: where maps are compared, pairwise; None: the middle stage of both.
         ce_weight, image_shape: see `FeatureObjective`.
 
@@ -48,6 +50,7 @@ class FitNet(FeatureObjective):
         *,
         weight: float = 100.0,
         regressor_depth: int = 1,
+        plain_regressor: bool = False,
         student_layers: tuple[str, ...] | None = None,
         teacher_layers: tuple[str, ...] | None = None,
         ce_weight: float = 1.0,
@@ -58,7 +61,7 @@ class FitNet(FeatureObjective):
             raise UsageError(f"fitnet: weight={weight} must be at least 0.")
         self.weight = weight
         self.watch_maps(student_layers, teacher_layers, choice="middle")
-        self.regressors = nn.ModuleList(Regressor(place, depth=regressor_depth) for place in self.places)
+        self.regressors = nn.ModuleList(Regressor(place, depth=regressor_depth, plain=plain_regressor) for place in self.places)
 
     def project(self, features: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The student's maps in the teacher's shapes."""

@@ -39,6 +39,9 @@ _add("small", "mlp", "Fully connected layers with ReLU.", ("tiny",))
 _add("small", "cnn", "Plain convolutions, fast on a CPU.", ("tiny", "cnn"))
 _add("small", "lenet5", "LeNet-5 with ReLU and max pooling.", ("tiny", "cnn"), **_LENET)
 _add("small", "lenet5-half", "LeNet-5 with half the channels and units.", ("tiny", "cnn"), **_LENET)
+_add(
+    "small", "mnist-net", "Two convolutions and two linear layers with dropout, as in PyTorch's MNIST example.", ("tiny", "cnn")
+)
 for _depth in (8, 14, 20, 26, 32, 44, 56, 110):
     _add("resnet", f"resnet{_depth}", f"CIFAR ResNet, {_depth} layers, widths 16-32-64.", ("cnn", "cifar"), **_RESNET)
 for _depth in (8, 32):

@@ -101,6 +101,39 @@ class LeNet(Network):
         return self.fc(self.relu4(self.fc2(vectors)))  # type: ignore[no-any-return]
 
 
+class MnistNet(Network):
+    """Two 3x3 convolutions without padding, max pooling, and two linear layers, with dropout before each of these.
+
+    Args:
+        classes: number of classes.
+        in_channels: channels of the images.
+        image_size: height and width of the images in pixels, at least 6.
+    """
+
+    stages = ("relu1", "relu2")
+    preact_stages = ("relu1:input", "relu2:input")
+    penultimate = "fc2:input"
+
+    def __init__(self, classes: int, in_channels: int, image_size: int) -> None:
+        super().__init__()
+        if image_size < 6:
+            raise UsageError(
+                f"mnist-net cuts a border of two pixels and halves the rest: image_size={image_size} must be at least 6."
+            )
+        side = (image_size - 4) // 2
+        self.conv1, self.relu1 = nn.Conv2d(in_channels, 32, 3), nn.ReLU()
+        self.conv2, self.relu2 = nn.Conv2d(32, 64, 3), nn.ReLU()
+        self.pool, self.dropout1 = nn.MaxPool2d(2), nn.Dropout(0.25)
+        self.fc1, self.relu3, self.dropout2 = nn.Linear(64 * side * side, 128), nn.ReLU(), nn.Dropout(0.5)
+        self.fc2 = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> logits (N, K)."""
+        maps = self.relu2(self.conv2(self.relu1(self.conv1(images))))
+        vectors = self.fc1(self.dropout1(self.pool(maps)).flatten(1))
+        return self.fc2(self.dropout2(self.relu3(vectors)))  # type: ignore[no-any-return]
+
+
 def mlp(classes: int, in_channels: int, image_size: int, *, hidden: tuple[int, ...] = (256, 256)) -> nn.Module:
     """Fully connected layers with ReLU; hidden: units of each (empty: a linear classifier)."""
     return MLP(classes, in_channels * image_size**2, hidden=hidden)
@@ -119,3 +152,8 @@ def lenet5(classes: int, in_channels: int, image_size: int) -> nn.Module:
 def lenet5_half(classes: int, in_channels: int, image_size: int) -> nn.Module:
     """LeNet-5 with half the channels and units."""
     return LeNet(classes, in_channels, image_size, widths=(3, 8, 60, 42))
+
+
+def mnist_net(classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """The network of PyTorch's MNIST example."""
+    return MnistNet(classes, in_channels, image_size)

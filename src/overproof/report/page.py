@@ -13,6 +13,7 @@ from overproof.folder import atomic
 from overproof.report import charts, maps
 from overproof.report.detection import detected
 from overproof.report.drawing import swatch
+from overproof.report.explanation import explained
 from overproof.report.gallery import pictures
 from overproof.report.guards import guard_rows, remembered
 from overproof.report.learned import learned
@@ -89,6 +90,7 @@ def _content(runs: list[Run], title: str | None, baseline: str | None) -> dict[s
         "caches": [told for told in map(remembered, runs) if told],
         "purifiers": [through for run in runs if (through := purified(run))],
         "detections": [seen for run in runs if (seen := detected(run))],
+        "explanations": [told for told in map(explained, runs) if told],
         "classes": charts.per_class(runs),
         "payers": payers(runs),
         "confusion": [chart for run in runs if (chart := maps.confusion(run))],

@@ -13,6 +13,7 @@ from torch import nn
 from overproof.attacks.base import Attack, logits_of
 from overproof.config import DataConfig, ModelConfig, RunConfig
 from overproof.data import DATA, Splits, build_augment, load_data, load_extra, make_loader
+from overproof.data.modifiers import split_name
 from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation.curves import check_curve
 from overproof.evaluation.evaluator import make_attacks
@@ -92,7 +93,7 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
 
 def _check_section(kind: str, section: DataConfig | ModelConfig, registry: Registry) -> None:
     """Refuse keys that are neither the section's own nor options of the entry (of foreign entries we cannot know)."""
-    name = section.name.partition(":")[0] if kind == "data" else section.name
+    name = split_name(section.name)[0].partition(":")[0] if kind == "data" else section.name
     if section.name == USER or (kind == "model" and ":" in name):
         return
     known = {*type(section).model_fields, *registry.get(name).options()} | ({"test"} if kind == "data" else set())

@@ -24,6 +24,7 @@ from overproof.run.execute import execute
 from overproof.run.prepare import Parts, refuse_code
 
 ALIKE = ("agreement", "mag-sim", "ang-sim", "fell", "paid")  # metrics of figures that compare two runs
+PROBED = ("accuracy", "consensus", "fooled", "planes")  # likewise, by probes, on other data too
 
 
 class About(BaseModel):
@@ -47,7 +48,11 @@ class Figure(BaseModel):
     metric: str
     evaluation: str = "test-best"
     minus: str = Field("", description="a run whose figure is subtracted, seed by seed")
-    against: str = Field("", description="a run with which the run is compared: agreement, mag-sim, ang-sim, fell, paid")
+    against: str = Field(
+        "", description="a run with which the run is compared: agreement, mag-sim, ang-sim, fell, paid, or by probes"
+    )
+    data: str = Field("", description="of figures by probes: another set than the run's own, or a change of it such as color")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the probe, such as eps")
     percent: bool = Field(True, description="a share, told in per cent; else as it is (trace, lambda_max, ...)")
     published: float | None = None
     source: str = ""
@@ -64,8 +69,9 @@ class Recipe:
     figures: tuple[Figure, ...] = ()
 
     def config(self, run: str, out: Path, seed: int, overrides: Iterable[str] = ()) -> RunConfig:
-        """The resolved configuration of one run, its "@" references pointing into `out`."""
-        table = merge(merge(self.defaults, self.runs[run]), {"seed": seed})
+        """The resolved configuration of one run, its "@" references pointing into `out`; a seed of its own is added to `seed`."""
+        table = merge(self.defaults, self.runs[run])
+        table = merge(table, {"seed": seed + table.get("seed", 0)})
         for place, other in references(table).items():
             table = merge(table, {place: {"run": str(out / other)}})
         return resolve(table, overrides=overrides)
@@ -81,7 +87,8 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = Path(path)
     table = read_toml(path)
     if "runs" not in table:
-        return Recipe(path.stem, About(title=path.stem, seeds=[table.get("seed", 0)]), {path.stem: table})
+        alone = {key: value for key, value in table.items() if key != "seed"}
+        return Recipe(path.stem, About(title=path.stem, seeds=[table.get("seed", 0)]), {path.stem: alone})
     for key in table:
         if key not in ("recipe", "defaults", "runs", "figures"):
             raise UnknownNameError(f"key of the recipe {path}:", key, ("recipe", "defaults", "runs", "figures"))
@@ -100,9 +107,13 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         for run in filter(None, (figure.run, figure.minus, figure.against)):
             if run not in recipe.runs:
                 raise UnknownNameError(f"run in figure {figure.name!r} of {path}:", run, recipe.runs)
-        if figure.against and figure.metric not in ALIKE:
+        if figure.against and figure.metric not in (*ALIKE, *PROBED):
             raise UnknownNameError(
-                f"metric of figure {figure.name!r}, which compares two runs, of {path}:", figure.metric, ALIKE
+                f"metric of figure {figure.name!r}, which compares two runs, of {path}:", figure.metric, (*ALIKE, *PROBED)
+            )
+        if (figure.data or figure.options) and not (figure.against and figure.metric in PROBED):
+            raise UsageError(
+                f"{path}, figure {figure.name!r}: `data` and `options` need `against`, and a metric among {', '.join(PROBED)}."
             )
     return recipe
 

@@ -13,8 +13,9 @@ from overproof import console
 from overproof.errors import UnknownNameError
 from overproof.folder import RunFolder, write_json
 from overproof.run.comparing import similarities
+from overproof.run.explaining import resemblance
 from overproof.run.grouping import losers
-from overproof.run.recipes import Figure, Recipe, read_recipe, recipes_home, run_recipe
+from overproof.run.recipes import PROBED, Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.results import write_results
 from overproof.run.seeds import figures, mean_and_error
 from overproof.training.safety import Interrupted
@@ -118,6 +119,11 @@ def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[An
     if figure.metric in ("fell", "paid"):
         return losers(named[run], named[figure.against], figure.evaluation)[figure.metric]
     key = (named[run].path, named[figure.against].path, figure.evaluation.removeprefix("test-"))
+    if figure.metric in PROBED:
+        place = (*key, figure.data, figure.metric, repr(figure.options))
+        if place not in alike:
+            alike[place] = resemblance(*key, data=figure.data, metric=figure.metric, options=figure.options)
+        return alike[place][figure.metric]
     if key not in alike:
         alike[key] = similarities(*key)
     return alike[key][figure.metric]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from overproof.config import RunConfig
 from overproof.data import DATA
+from overproof.data.modifiers import split_name
 from overproof.errors import UsageError
 from overproof.methods import METHODS
 from overproof.methods.objective import Objective, RobustObjective
@@ -27,7 +28,7 @@ def check_extra(config: RunConfig, *, named: bool) -> None:
             "train.cache_teacher=true knows the teacher's logits on the training images only. Drop it, or data.extra."
         )
     if named:
-        kind, _, place = data.extra.partition(":")
+        kind, _, place = split_name(data.extra)[0].partition(":")
         entry = DATA.get(kind)
         entry.check(data.extra_options, "data source")
         if entry.positional() and not place:

@@ -1,0 +1,301 @@
+"""explain, on run folders: command line, files, report, and figures of recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import overproof
+from overproof.cli import call
+from overproof.errors import FolderError, UnknownNameError, UsageError
+from overproof.folder import read_arrays, read_json, write_arrays, write_json
+from overproof.report import write_report
+from overproof.report.explanation import explanation_text, verdict
+from overproof.run.explaining import Subject, explain_runs, resemblance
+from overproof.run.recipes import read_recipe, run_recipe
+from overproof.run.reproduce import result_of
+
+FEW = {"limit_train": 150, "limit_test": 60, "epochs": 2}
+BRIEF = [
+    "--set",
+    "decision-planes.planes=3",
+    "--set",
+    "decision-planes.side=8",
+    "--set",
+    "corruptions.severities=[5]",
+    "--set",
+    "adversarial-transfer.eps=0.3",
+    "--set",
+    "boundary-similarity.images=10",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("runs")
+    small = {**FEW, "model_options": {"widths": (4, 8)}}
+    for seed, name in enumerate(("teacher", "alone-0", "alone-1")):
+        overproof.train("cnn", "digits+rgb", seed=seed, out=top / name, **small)
+    overproof.distill("cnn", top / "teacher", "digits+rgb", seed=5, out=top / "kd", **small)
+    overproof.train("mlp", "digits+rgb", out=top / "mlp", **FEW)
+    return top
+
+
+def command(runs: Path, *more: str) -> list[str]:
+    return ["explain", str(runs / "teacher"), str(runs / "kd"), *more]
+
+
+def both(runs: Path) -> list[str]:
+    return ["--independent", str(runs / "alone-0"), "--independent", str(runs / "alone-1")]
+
+
+def test_all_probes_of_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command(runs, *both(runs), "--probes", "all", *BRIEF, "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == read_json(runs / "kd" / "explanation.json")
+    assert set(found["probes"]) == set(overproof.PROBES.names())
+    assert found["domains"] == ["color", "blobs", "inverted", "sketch"]
+    assert found["runs"]["student:kd"] == str(runs / "kd")
+    assert found["data"] == "digits+rgb"
+    assert found["probes"]["shape-bias"]["skipped"]
+    assert found["probes"]["cka"]["controlled"] is True
+    assert found["probes"]["adversarial-transfer"]["facts"]["eps"] == 0.3
+    assert list((runs / "teacher" / "probes").glob("*.safetensors"))
+    arrays = read_arrays(runs / "kd" / "explanation.npz")
+    assert arrays["decision-planes/plane/teacher"].shape == (2, 8, 8)
+    assert arrays["localisation/cam/student:kd"].ndim == 3
+    page = (runs / "kd" / "report.html").read_text()
+    for words in (
+        "What was distilled",
+        "What was passed on",
+        "Fooled by images made against the teacher",
+        "plane 1: student:kd",
+    ):
+        assert words in page, words
+    for words in (
+        "CKA with independent:alone-0",
+        "Where they look",
+        "shape-bias was skipped",
+        "Same answer to both views: crop",
+    ):
+        assert words in page, words
+    assert page.count('alt="teacher"') == 6
+    text = explanation_text(found)
+    assert "60 test images of digits+rgb" in text
+    assert "skipped shape-bias: No images with conflicting cues" in text
+    assert "controls: independent seeds" in text
+
+
+def test_a_few_probes_in_words_elsewhere(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "there"
+    more = [
+        "--probes",
+        "crop,domains",
+        "--domain",
+        "noise:5",
+        "--domain",
+        "digits+sketch",
+        "--no-keep",
+        "--out",
+        str(out),
+        "--limit",
+        "30",
+    ]
+    assert call(command(runs, "--independent", str(runs / "alone-0"), *more)) == 0
+    said = capsys.readouterr()
+    assert "uncontrolled" in said.out
+    assert "fewer than two independent students" in said.out
+    assert "note: name two students without teacher" in said.err
+    found = read_json(out / "explanation.json")
+    assert (found["domains"], found["images"]) == (["noise:5", "digits+sketch"], 30)
+    assert [row["condition"] for row in found["probes"]["domains"]["rows"]][2::2] == ["seen", "noise:5", "digits+sketch"]
+
+
+def test_other_roles_groups_and_skipped_probes(runs: Path, tmp_path: Path) -> None:
+    groups = tmp_path / "groups.csv"
+    index = overproof.load_data("digits+rgb", limit_test=60).test.index.tolist()
+    groups.write_text("index,group\n" + "".join(f"{i},{'odd' if i % 2 else 'even'}\n" for i in index))
+    found = explain_runs(
+        runs / "teacher",
+        [runs / "kd", runs / "kd"],
+        others={"independent": [runs / "alone-0", runs / "alone-1"], "control": [runs / "mlp"], "plain": [runs / "alone-1"]},
+        subject=Subject(groups=groups, deprived="odd", domains=["none"]),
+        probes=["group-bias", "localisation", "domains"],
+        keep=False,
+    )
+    assert list(found.facts["runs"]) == [
+        "teacher",
+        "student:kd",
+        "student:kd (2)",
+        "independent:alone-0",
+        "independent:alone-1",
+        "control:mlp",
+        "plain:alone-1",
+    ]
+    assert found["group-bias"].facts["deprived"] == "odd"
+    assert "control:mlp" in found["group-bias"].controls
+    assert "'control:mlp'" in found["localisation"].skipped
+    assert "plain:alone-1" in found["group-bias"].accuracy
+    assert set(found.skipped) == {"localisation", "domains"}
+
+
+def test_what_cannot_be_explained(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, code, words in (
+        (["--probes", "cam"], 2, "Unknown probe 'cam'"),
+        (["--independent", "runs/none"], 1, "not a run folder"),
+        (["--set", "cka=3"], 2, "write PROBE.option=value"),
+        (["--deprived", "x"], 2, "give that file with --groups"),
+        (["--domain", "colour"], 2, "colour"),
+        (["--groups", str(runs / "kd" / "config.toml"), "--probes", "group-bias"], 1, "no column `group`"),
+        (["--domain", "digits", "--probes", "domains"], 0, ""),
+        (["--data", "digits", "--probes", "crop"], 1, "The images have 1 channels"),
+    ):
+        assert call(command(runs, *more, "--out", str(tmp_path))) == code, more
+        assert words in capsys.readouterr().err, more
+    wide = tmp_path / "wide"
+    images = torch.rand(20, 3, 8, 8)
+    model = overproof.create_model("cnn", 4, 3, 8)
+    overproof.train(
+        model, (images, torch.arange(20) % 4), test_data=(images, torch.arange(20) % 4), epochs=1, batch_size=10, out=wide
+    )
+    with pytest.raises(UsageError, match=r"'teacher' has 10 classes and 'independent:wide' has 4"):
+        explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [wide]}, keep=False)
+    with pytest.raises(UsageError, match="trained on data of a program"):
+        explain_runs(wide, [wide])
+    with pytest.raises(UsageError, match="at least one student"):
+        explain_runs(runs / "teacher", [])
+    with pytest.raises(FolderError):
+        explain_runs(tmp_path / "nothing", [runs / "kd"])
+
+
+def test_probes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["list", "probes"]) == 0
+    assert "adversarial-transfer" in capsys.readouterr().out
+    assert call(["show", "decision-planes"]) == 0
+    assert "planes = 50" in capsys.readouterr().out
+
+
+def test_verdicts() -> None:
+    def told(value: float, low: float, high: float, *controls: float, chance: float = 0.0) -> str:
+        row = {
+            "gap": {"value": value, "low": low, "high": high},
+            "controls": {str(i): {"value": c} for i, c in enumerate(controls)},
+        }
+        return verdict({"rows": [row], "controlled": bool(controls), "chance": chance})
+
+    assert told(0.1, 0.05, 0.15, 0.02, -0.03) == "clear"
+    assert told(-0.1, -0.15, -0.05, 0.02) == "clear"
+    assert told(0.1, 0.05, 0.15, 0.12) == "not clear"
+    assert told(0.1, -0.05, 0.25, 0.01) == "not clear"
+    assert told(0.1, 0.05, 0.15) == "uncontrolled"
+    assert told(0.6, 0.55, 0.65, 0.47, chance=0.5) == "clear"
+    assert told(0.6, 0.55, 0.65, 0.38, chance=0.5) == "not clear"
+    assert verdict({"rows": [{"gap": None}], "controlled": True}) == ""
+    assert verdict({}) == ""
+
+
+def test_damaged_explanations_are_named(runs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(runs / "alone-0", tmp_path / "run"))
+    assert "What was distilled" not in write_report([run]).read_text()
+    (run / "explanation.json").write_text("{")
+    assert "explanation.json" in write_report([run]).read_text()
+    row = {
+        "quantity": "<b>q</b>",
+        "condition": "",
+        "scores": {},
+        "controls": {},
+        "gap": {"value": 0.1, "low": 0.0, "high": 0.2},
+    }
+    write_json(
+        run / "explanation.json", {"images": 3, "accuracy": {"<i>": 0.5}, "probes": {"crop": {"question": "?", "rows": [row]}}}
+    )
+    page = write_report([run]).read_text()
+    assert "&lt;b&gt;q" in page
+    assert "<i> 50.00" not in page
+    assert "+10.0 [+0.0, +20.0]" in page
+    write_arrays(run / "explanation.npz", {"decision-planes/plane/teacher": np.zeros((2, 4, 4))})
+    page = write_report([run]).read_text()
+    assert "pictures cannot be drawn" in page
+    assert "+10.0" in page
+    (run / "explanation.npz").write_bytes(b"no archive")
+    assert "cannot be shown" in write_report([run]).read_text()
+    for odd in ([1], {"probes": [1]}, {"probes": {"a": {"rows": [1]}}}, {"probes": {"a": 3}, "accuracy": 4}):
+        write_json(run / "explanation.json", odd)
+        write_report([run])
+
+
+RECIPE = """
+[recipe]
+seeds = [0]
+[defaults.data]
+name = "digits+rgb"
+limit_train = 100
+limit_test = 40
+[defaults.model]
+name = "cnn"
+widths = [4]
+[defaults.train]
+epochs = 5
+batch_size = 25
+optimizer = "adam"
+lr = 0.02
+[defaults.evaluation]
+weights = ["last"]
+[runs.teacher]
+[runs.alone]
+seed = 7
+[runs.kd]
+verb = "distill"
+method.name = "kd"
+teacher = { run = "@teacher", which = "last" }
+"""
+FIGURE = '[[figures]]\nname = "f"\nrun = "kd"\nevaluation = "test-last"\nagainst = "teacher"\n'
+
+
+def test_figures_of_recipes_by_probes(tmp_path: Path) -> None:
+    path, figures = tmp_path / "r.toml", []
+    for metric, more in (
+        ("accuracy", 'data = "color"'),
+        ("consensus", ""),
+        ("planes", "options = { planes = 2, side = 4 }"),
+        ("fooled", "options = { eps = 0.5 }"),
+    ):
+        figures.append(f'{FIGURE}metric = "{metric}"\n{more}\n')
+    figures.append(f'{FIGURE}metric = "consensus"\nminus = "alone"\n')
+    path.write_text(RECIPE + "\n".join(figures))
+    recipe = read_recipe(path)
+    assert recipe.config("alone", tmp_path, 3).seed == 10
+    folders = run_recipe(recipe, tmp_path / "out")
+    found = result_of(recipe, folders)["figures"]
+    values = [figure["mean"] for figure in found]
+    model = overproof.load(tmp_path / "out" / "kd", "last")
+    test = overproof.load_data("digits+rgb+color", limit_test=40).test
+    with torch.no_grad():
+        expected = float((model(test.images.float() / 255).argmax(1) == test.labels).double().mean())
+    assert values[0] == pytest.approx(expected)
+    assert all(0 <= value <= 1 for value in values[1:4])
+    alone = resemblance(tmp_path / "out" / "alone", tmp_path / "out" / "teacher", "last", data="", metric="consensus")[
+        "consensus"
+    ]
+    assert values[4] == pytest.approx(values[1] - alone)
+    for wrong, error, words in (
+        (f'{FIGURE}metric = "acuracy"\n', UnknownNameError, "accuracy"),
+        (f'{FIGURE}metric = "agreement"\ndata = "color"\n', UsageError, "`data` and `options` need"),
+    ):
+        path.write_text(RECIPE + wrong)
+        with pytest.raises(error, match=words):
+            read_recipe(path)
+
+
+def test_a_plain_configuration_keeps_its_seed(tmp_path: Path) -> None:
+    path = tmp_path / "plain.toml"
+    path.write_text('seed = 4\n[data]\nname = "digits"\n')
+    recipe = read_recipe(path)
+    assert recipe.about.seeds == [4]
+    assert recipe.config("plain", tmp_path, 4).seed == 4
