@@ -1,0 +1,68 @@
+"""Pictures of what a generator makes."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from overproof.errors import UsageError
+from overproof.folder import atomic
+from overproof.models.generators import Generator
+from overproof.networks import in_mode
+
+SHOWN, CHUNK = 64, 256
+
+
+def sample(generator: Generator, count: int, *, seed: int = 0) -> Tensor:
+    """`count` images (N, C, H, W), float32 in [0, 1], on the CPU: eval mode, pixels clamped, and the same noise for the same seed.
+
+    The noise is drawn on the CPU, image by image: the first images of a larger count are those of a smaller one.
+
+    Raises:
+        UsageError: fewer than one image, or a generator whose samples are no images.
+    """
+    if count < 1 or len(generator.shape) != 3:
+        raise UsageError(f"{count} samples of shape {generator.shape} were asked for: give at least 1, of a generator of images.")
+    stream = torch.Generator().manual_seed(seed)
+    with in_mode(generator), torch.no_grad():
+        parts = [generator(generator.draw(min(CHUNK, count - i), stream)) for i in range(0, count, CHUNK)]
+        return torch.cat([part.float().clamp(0, 1).cpu() for part in parts])
+
+
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """Images (N, C, H, W) side by side in one picture (C, H', W'), a white line apart; `columns` None: about a square."""
+    count, channels, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    picture = images.new_ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
+        picture[:, top : top + height, left : left + width] = image
+    return picture
+
+
+def write_grid(images: Tensor, path: Path, *, columns: int | None = None, zoom: int = 1) -> None:
+    """Write `grid(images)` as a PNG, each pixel `zoom` times as large.
+
+    Raises:
+        FolderError: the file cannot be written.
+    """
+    from PIL import Image
+
+    pixels = (grid(images, columns) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels.mean(axis=2).astype("uint8"))
+    if zoom > 1:
+        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    with atomic(path) as file:
+        file.write(buffer.getvalue())
+
+
+def keep_samples(generator: Generator, run: Path, step: int, *, count: int = SHOWN) -> None:
+    """Write `run/samples/step-NNNNNNNN.png`: what a generator makes of the same noise each time."""
+    write_grid(sample(generator, count), run / "samples" / f"step-{step:08d}.png")
