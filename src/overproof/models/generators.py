@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from overproof.errors import FolderError, OverproofError, UnknownNameError, UsageError
-from overproof.folder import atomic, read_json, write_json
-from overproof.models.weights import fill, read_state
+from overproof.errors import UnknownNameError, UsageError
 
 Law = Literal["normal", "uniform"]
 Head = Literal["batchnorm", "tanh", "sigmoid"]
@@ -58,7 +55,8 @@ class Generator(nn.Module):
 
     def forward(self, noise: Tensor) -> Tensor:
         """Noise (N, d) -> images (N, C, H, W). They are not clamped to [0, 1]; see `sample` for pictures."""
-        return self.shift + self.scale * self.net(noise)  # type: ignore[no-any-return]
+        images: Tensor = self.shift + self.scale * self.net(noise)
+        return images
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Noise for `count` images, from torch's global stream or the given one, on the device of the network."""
@@ -194,46 +192,6 @@ def small_weights(network: nn.Sequential) -> nn.Sequential:
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)
     return network
-
-
-def save_generator(generator: Generator, run: Path, name: str = "generator") -> None:
-    """Write `run/weights/<name>.safetensors`, and `run/<name>.json`, which says how to build it again."""
-    from safetensors.torch import save
-
-    if generator.spec is None:
-        raise UsageError("This generator was not made by name (make_generator), so that nobody could build it again.")
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in generator.state_dict().items()}
-    with atomic(run / "weights" / f"{name}.safetensors") as file:
-        file.write(save(state))
-    write_json(run / f"{name}.json", generator.spec)
-
-
-def load_generator(run: str | Path, name: str = "generator") -> Generator:
-    """The generator of a run folder, in eval mode on the CPU. Nothing that is read is executed.
-
-    Raises:
-        FolderError: the run has none, or its files are damaged.
-    """
-    run = Path(run)
-    path = run / "weights" / f"{name}.safetensors"
-    if not path.exists():
-        raise FolderError(f"{run} holds no generator ({path} does not exist): name a run of a method that trains one, such as dfad.")
-    generator = rebuild_generator(read_json(run / f"{name}.json"))
-    fill(generator, read_state(path), path)
-    return generator.eval()
-
-
-def rebuild_generator(spec: Any) -> Generator:
-    """The generator that a `Generator.spec` describes, untrained.
-
-    Raises:
-        OverproofError: the description is not complete.
-    """
-    try:
-        known = {key: spec[key] for key in ("name", "latent", "law", "shift", "scale")}
-        return make_generator(**known, shape=tuple(map(int, spec["shape"])), **spec["options"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise OverproofError(f"This description of a generator is not complete ({error!r}): {spec}.") from error
 
 
 def _head(head: Head, channels: int) -> list[nn.Module]:

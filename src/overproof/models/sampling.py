@@ -1,17 +1,19 @@
-"""Pictures of what a generator makes."""
+"""Generators on disk, and pictures of what they make."""
 
 from __future__ import annotations
 
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from overproof.errors import UsageError
-from overproof.folder import atomic
-from overproof.models.generators import Generator
+from overproof.errors import FolderError, OverproofError, UsageError
+from overproof.folder import atomic, read_json, write_json
+from overproof.models.generators import Generator, make_generator
+from overproof.models.weights import fill, read_state
 from overproof.networks import in_mode
 
 SHOWN, CHUNK = 64, 256
@@ -29,7 +31,8 @@ def sample(generator: Generator, count: int, *, seed: int = 0) -> Tensor:
         raise UsageError(f"{count} samples of shape {generator.shape} were asked for: give at least 1, of a generator of images.")
     stream = torch.Generator().manual_seed(seed)
     with in_mode(generator), torch.no_grad():
-        parts = [generator(generator.draw(min(CHUNK, count - i), stream)) for i in range(0, count, CHUNK)]
+        # Always whole chunks of noise: fewer numbers would be drawn in another way.
+        parts = [generator(generator.draw(CHUNK, stream)[: count - i]) for i in range(0, count, CHUNK)]
         return torch.cat([part.float().clamp(0, 1).cpu() for part in parts])
 
 
@@ -66,3 +69,43 @@ def write_grid(images: Tensor, path: Path, *, columns: int | None = None, zoom: 
 def keep_samples(generator: Generator, run: Path, step: int, *, count: int = SHOWN) -> None:
     """Write `run/samples/step-NNNNNNNN.png`: what a generator makes of the same noise each time."""
     write_grid(sample(generator, count), run / "samples" / f"step-{step:08d}.png")
+
+
+def save_generator(generator: Generator, run: Path, name: str = "generator") -> None:
+    """Write `run/weights/<name>.safetensors`, and `run/<name>.json`, which says how to build it again."""
+    from safetensors.torch import save
+
+    if generator.spec is None:
+        raise UsageError("This generator was not made by name (make_generator), so that nobody could build it again.")
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in generator.state_dict().items()}
+    with atomic(run / "weights" / f"{name}.safetensors") as file:
+        file.write(save(state))
+    write_json(run / f"{name}.json", generator.spec)
+
+
+def load_generator(run: str | Path, name: str = "generator") -> Generator:
+    """The generator of a run folder, in eval mode on the CPU. Nothing that is read is executed.
+
+    Raises:
+        FolderError: the run has none, or its files are damaged.
+    """
+    run = Path(run)
+    path = run / "weights" / f"{name}.safetensors"
+    if not path.exists():
+        raise FolderError(f"{run} holds no generator ({path} does not exist): name a run of a method that trains one, such as dfad.")
+    generator = rebuild_generator(read_json(run / f"{name}.json"))
+    fill(generator, read_state(path), path)
+    return generator.eval()
+
+
+def rebuild_generator(spec: Any) -> Generator:
+    """The generator that a `Generator.spec` describes, untrained.
+
+    Raises:
+        OverproofError: the description is not complete.
+    """
+    try:
+        known = {key: spec[key] for key in ("name", "latent", "law", "shift", "scale")}
+        return make_generator(**known, shape=tuple(map(int, spec["shape"])), **spec["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise OverproofError(f"This description of a generator is not complete ({error!r}): {spec}.") from error
