@@ -56,6 +56,8 @@ SHARED = {
     "feature_adapters",
     "feature_parts",
     "crd_bank",
+    "data_free",
+    "data_free_parts",
 }
 
 

@@ -46,4 +46,4 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> t
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, config.lr, momentum=config.momentum, weight_decay=decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, config.lr, weight_decay=decay)
+    return kind(parameters, config.lr, betas=config.betas, weight_decay=decay)
