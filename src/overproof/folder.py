@@ -7,6 +7,8 @@ RUN/
   metrics.jsonl          one JSON object a line and epoch
   model.json             how to rebuild the model
   method.json            what the method learned beside the model, if it did; method.npz: what of it can be looked at
+  generator.json         how to rebuild the generator that a method has trained, with weights/generator.safetensors
+  samples/               pictures of what it made after so many steps, step-NNNNNNNN.png
   weights/               best.safetensors, last.safetensors
   checkpoint.pt          everything needed to resume (read with weights_only=True)
   evaluations/NAME.json  summary, with NAME.npz (a row per sample) and NAME-gallery.npz (a few images)

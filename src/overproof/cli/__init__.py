@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cyclopts import App
 
 from overproof.cli.comparing import compare
+from overproof.cli.generating import generate
 from overproof.cli.guarding import guard, predict
 from overproof.cli.looking import evaluate, list_entries, report, show_one
 from overproof.cli.recipes import demo, reproduce, run
@@ -21,6 +22,7 @@ app = App(
 )
 for _command in (train, distill, probe_linear, resume, evaluate, compare, report, run, demo, reproduce):
     app.command(_command)
+app.command(generate)
 app.command(predict)
 app.command(guard)
 app.command(list_entries, name="list")
