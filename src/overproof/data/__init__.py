@@ -64,7 +64,9 @@ _SOURCES = {
 for _name, (_target, _summary, *_url) in _SOURCES.items():
     DATA.add(_name, f"overproof.data.{_target}", summary=_summary, url=_url[0] if _url else "")
 # What a generator makes takes networks, so that a room above serves it, when it is asked for.
-DATA.add("generator", "overproof.run.generating:generated", summary="generator:RUN - images of the generator that a run has trained.")
+DATA.add(
+    "generator", "overproof.run.generating:generated", summary="generator:RUN - images of the generator that a run has trained."
+)
 
 _HOMES = {
     **dict.fromkeys(("Augment", "build_augment"), "augmentation"),

@@ -153,7 +153,10 @@ class DataFree(Objective):
 
     def _known(self) -> list[tuple[str, tuple[Tensor, Tensor]]]:
         """What each normalisation receives, by tap name, with the mean and variance that it remembers."""
-        kept = {name: (norm.get_buffer("running_mean"), norm.get_buffer("running_var")) for name, norm in self.normalisations.items()}
+        kept = {
+            name: (norm.get_buffer("running_mean"), norm.get_buffer("running_var"))
+            for name, norm in self.normalisations.items()
+        }
         return [(f"{name}:input", pair) for name, pair in kept.items()]
 
     def _split(

@@ -70,7 +70,9 @@ class Game:
         names = ("adversarial", "onehot", "balance", "statistics", "activation")
         weights = {name: getattr(self, name) for name in names}
         if min(weights.values()) < 0 or not any(weights.values()):
-            raise UsageError(f"The generator looks for nothing: of its weights {weights} none may be below 0, and not all of them 0.")
+            raise UsageError(
+                f"The generator looks for nothing: of its weights {weights} none may be below 0, and not all of them 0."
+            )
         if self.student_steps < 1 or self.pool < 1 or not 0 <= self.replay < 1:
             raise UsageError(
                 f"Training without data needs student_steps >= 1, pool >= 1 and 0 <= replay < 1, not {self.student_steps}, {self.pool} and "
@@ -184,7 +186,9 @@ def normalisations(teacher: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UsageError: it has none.
     """
-    found = {n: m for n, m in teacher.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    found: dict[str, nn.Module] = {
+        n: m for n, m in teacher.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
     if not found:
         kind = type(getattr(teacher, "net", teacher)).__name__
         raise UsageError(

@@ -95,7 +95,9 @@ def method_text(method: dict[str, Any]) -> str:
 def samples(run: Run) -> list[tuple[int, str]]:
     """Pictures of what a generator made after so many steps, as data URIs; at most `GRIDS`, spread over the training."""
     found = sorted((run.folder.path / "samples").glob("step-*.png"))
-    kept = sorted({round(i * (len(found) - 1) / (GRIDS - 1)) for i in range(GRIDS)}) if len(found) > GRIDS else range(len(found))
+    kept = (
+        sorted({round(i * (len(found) - 1) / (GRIDS - 1)) for i in range(GRIDS)}) if len(found) > GRIDS else range(len(found))
+    )
     pictures = []
     for path in (found[i] for i in kept):
         try:

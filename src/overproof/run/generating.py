@@ -54,7 +54,13 @@ def generate(
 
 
 def generated(
-    run: str, *, count: int = 10_000, seed: int = 0, generator: str = "generator", labels: str | None = None, which: str = "best"
+    run: str,
+    *,
+    count: int = 10_000,
+    seed: int = 0,
+    generator: str = "generator",
+    labels: str | None = None,
+    which: str = "best",
 ) -> Parts:
     """A data source, generator:RUN: images of the run's generator with the classes that a network sees in them.
 
@@ -77,9 +83,11 @@ def generated(
     try:
         model = load_model(judge, which).to(device)
     except FolderError as error:
-        raise FolderError(f"Nobody says what classes the images of {run} show; give labels=RUN of a classifier. ({error})") from error
+        raise FolderError(
+            f"Nobody says what classes the images of {run} show; give labels=RUN of a classifier. ({error})"
+        ) from error
     with torch.no_grad():
-        logits = torch.cat([logits_of(model, part.to(device)).cpu() for part in images.split(BATCH)])
+        logits = torch.cat([logits_of(model, part.to(device)).cpu() for part in torch.split(images, BATCH)])
     pixels: Tensor = (images * 255).round().to(torch.uint8)
     return {"train": ImageSet(pixels, logits.argmax(dim=1), classes=logits.shape[1], name=f"generator:{run}")}
 

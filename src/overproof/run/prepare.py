@@ -160,8 +160,8 @@ def _without_data(config: RunConfig, parts: Parts) -> Parts:
     assert config.teacher is not None
     teacher = parts.teacher or make_teacher(config.teacher, known, trusted=parts.trusted)
     train = imagined(config, teacher, known)
-    held_out = [getattr(known, part, None) for part in ("validation", "test")]
-    return replace(parts, teacher=teacher, data=UserData(train, *held_out, train.classes))
+    validation, test = (getattr(known, part, None) for part in ("validation", "test"))
+    return replace(parts, teacher=teacher, data=UserData(train, validation, test, train.classes))
 
 
 def _compare_classes(objective: Objective, widths: Sequence[int]) -> None:
