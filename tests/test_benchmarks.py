@@ -89,3 +89,16 @@ def test_guards_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert line["name"] == "guards"
     assert line["ratios"] == {"cache_3k_32": 0.5, "cache_memory_3k_32": 1.0}
     assert line["equal"] is True
+
+
+def test_generative_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "generative.py"))
+    small = {"TURNS": 2, "WARM": 1, "CASES": {"cpu": ("resnet8", "resnet8", 4)}, "peak_elsewhere": lambda who, device: 1.0}
+    for name, value in small.items():
+        monkeypatch.setitem(module["main"].__globals__, name, value)
+    monkeypatch.setattr("sys.argv", ["generative.py", "--part", "dfad"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "generative"
+    assert set(line["ratios"]) == {"dfad_exact", "dfad_fast"}
+    assert line["equal"] is True

@@ -57,6 +57,7 @@ SHARED = {
     "feature_parts",
     "crd_bank",
     "data_free",
+    "data_free_entries",
     "data_free_parts",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from overproof.methods.data_free_entries import WITHOUT_DATA
 from overproof.registry import Registry
 
 if TYPE_CHECKING:
@@ -223,38 +224,8 @@ METHODS.add(
     url="https://arxiv.org/abs/2409.18785",
     tags=("distillation", "features", "plug-in"),
 )
-METHODS.add(
-    "dfad",
-    "overproof.methods.dfad:DFAD",
-    summary="Without data: a generator looks for images on which student and teacher differ.",
-    paper="Fang, Song, Shen, Wang, Chen, Song: Data-Free Adversarial Distillation, 2019",
-    url="https://arxiv.org/abs/1912.11006",
-    tags=("distillation", "data-free"),
-)
-METHODS.add(
-    "zskt",
-    "overproof.methods.zskt:ZSKT",
-    summary="Without data: the generator looks for images on which the predictions differ.",
-    paper="Micaelli, Storkey: Zero-shot Knowledge Transfer via Adversarial Belief Matching, NeurIPS 2019",
-    url="https://arxiv.org/abs/1905.09768",
-    tags=("distillation", "data-free"),
-)
-METHODS.add(
-    "dafl",
-    "overproof.methods.dafl:DAFL",
-    summary="Without data: the generator makes images about which the teacher is sure, of all classes alike.",
-    paper="Chen et al.: Data-Free Learning of Student Networks, ICCV 2019",
-    url="https://arxiv.org/abs/1904.01186",
-    tags=("distillation", "data-free"),
-)
-METHODS.add(
-    "dfq",
-    "overproof.methods.dfq:DFQ",
-    summary="Without data: hard images that look to the teacher's BatchNorm as its training images did.",
-    paper="Choi, Choi, El-Khamy, Lee: Data-Free Network Quantization With Adversarial Knowledge Distillation, CVPR Workshops 2020",
-    url="https://arxiv.org/abs/2005.04136",
-    tags=("distillation", "data-free"),
-)
+for _name, _about in WITHOUT_DATA.items():
+    METHODS.add(_name, **_about, tags=("distillation", "data-free"))
 
 __all__ = ["METHODS", "FeatureObjective", "Objective", "RobustObjective"]
 
