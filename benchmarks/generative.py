@@ -4,11 +4,11 @@
 
 dfad: five steps of the student and one of the generator. The straightforward loop, written out below, keeps the graph of the teacher
 and of the generator while the student learns, and computes weight gradients of teacher and student while the generator learns, which
-nobody needs. `dfad_exact` is the method as it is by default: neither of the two, and the teacher's normalisations folded into its
-convolutions. `dfad_fast` adds the approximations: one backward pass for the generator and the student's first step (shared), half of
-the student's other images from a pool with the teacher's answers (replay), and channels last. Same networks, weights and noise; the
-contenders take turns in going first, and the median of the turns' ratios is reported, with the peak memory of an iteration in a process
-of its own. Outcome check: after one iteration from the same weights with the same noise, plain SGD, the exact method has the
+nobody needs. `dfad_exact` is the method as it is by default: neither of the two, the teacher's normalisations folded into its
+convolutions, and the generator's doubling of pixels, too. `dfad_fast` adds the approximations: one backward pass for the generator and
+the student's first step (shared), half of the student's other images from a pool with the teacher's answers (replay), and channels
+last. Same networks, weights and noise; the contenders take turns in going first, and the median of the turns' ratios is reported, with
+the peak memory of an iteration in a process of its own. Outcome check: after one iteration from the same weights with the same noise, plain SGD, the exact method has the
 straightforward loop's weights. Ends with one JSON line; a ratio is our time divided by the straightforward loop's.
 """
 
@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from overproof import create_model
 from overproof.folder import write_json
 from overproof.methods.dfad import DFAD
+from overproof.models.blocks import Doubling
 from overproof.models.generators import Generator
 from overproof.run.environment import environment
 from overproof.types import Batch, Progress
 
-TURNS, WARM, STEPS = 9, 2, 5
-CASES = {"cpu": ("resnet20", "resnet8", 64), "cuda": ("resnet34", "resnet18", 256)}
+TURNS, WARM, STEPS, WIDTH = 9, 2, 5, 64
+CASES = {"cpu": ("resnet20", "resnet8", 32), "cuda": ("resnet34", "resnet18", 256)}
 FAST: dict[str, Any] = {"shared": True, "replay": 0.5}
 TOLERANCE = 1e-3  # of the largest weight: folded normalisations round in another order, and L1 takes signs
 
@@ -79,6 +80,17 @@ def networks(device: str) -> tuple[nn.Module, nn.Module, int]:
     return student.to(device), teacher.eval().to(device), count
 
 
+def spelled_out(generator: Generator) -> Generator:
+    """A copy with upsampling and convolution one after the other, as it is commonly written."""
+    generator = copy.deepcopy(generator)
+    for position, layer in enumerate(generator.net):
+        if isinstance(layer, Doubling):
+            conv = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1).to(layer.weight.device)
+            conv.weight, conv.bias = layer.weight, layer.bias
+            generator.net[position] = nn.Sequential(nn.Upsample(scale_factor=2), conv)
+    return generator
+
+
 def optimiser(parameters: Any, adam: bool, plain: bool) -> torch.optim.Optimizer:
     """The paper's, or plain SGD for the outcome check: Adam's first step is a sign, which rounding turns over."""
     if plain:
@@ -91,11 +103,11 @@ def contender(who: str, device: str, plain: bool = False) -> tuple[Callable[[], 
     student, teacher, count = networks(device)
     torch.manual_seed(1)
     options = FAST if who == "fast" else {}
-    objective = DFAD(student, teacher, image_shape=(3, 32, 32), student_steps=STEPS, **options).to(device).train()
+    objective = DFAD(student, teacher, image_shape=(3, 32, 32), student_steps=STEPS, width=WIDTH, **options).to(device).train()
     generator = objective.generator
     weights = [p for net in (student, generator) for p in net.parameters()]
     if who == "common":
-        generator, student = copy.deepcopy(generator), copy.deepcopy(student)
+        generator, student = spelled_out(generator), copy.deepcopy(student)
         teacher = copy.deepcopy(teacher).requires_grad_(True)
         weights = [p for net in (student, generator) for p in net.parameters()]
         pair = optimiser(student.parameters(), False, plain), optimiser(generator.parameters(), True, plain)

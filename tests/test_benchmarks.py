@@ -93,7 +93,13 @@ def test_guards_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 def test_generative_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = runpy.run_path(str(ROOT / "benchmarks" / "generative.py"))
-    small = {"TURNS": 2, "WARM": 1, "CASES": {"cpu": ("resnet8", "resnet8", 4)}, "peak_elsewhere": lambda who, device: 1.0}
+    small = {
+        "TURNS": 2,
+        "WARM": 1,
+        "WIDTH": 4,
+        "CASES": {"cpu": ("resnet8", "resnet8", 4)},
+        "peak_elsewhere": lambda who, device: 1.0,
+    }
     for name, value in small.items():
         monkeypatch.setitem(module["main"].__globals__, name, value)
     monkeypatch.setattr("sys.argv", ["generative.py", "--part", "dfad"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof.errors import UnknownNameError, UsageError
+from overproof.models.blocks import Doubling
 
 Law = Literal["normal", "uniform"]
 Head = Literal["batchnorm", "tanh", "sigmoid"]
@@ -131,8 +132,7 @@ def upsampling(latent: int, shape: Shape, *, width: int = 64, head: Head = "batc
         nn.BatchNorm2d(wide),
     ]
     for inputs, outputs in ((wide, wide), (wide, width)):
-        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]
-        layers.append(nn.LeakyReLU(0.2))
+        layers += [Doubling(inputs, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1), *_head(head, channels))
 
 
