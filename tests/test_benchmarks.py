@@ -115,4 +115,22 @@ def test_probes_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["name"] == "probes"
     assert set(line["ratios"]) == {"suite"}
+
+
+def test_generative_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "generative.py"))
+    small = {
+        "TURNS": 2,
+        "WARM": 1,
+        "WIDTH": 4,
+        "CASES": {"cpu": ("resnet8", "resnet8", 4)},
+        "peak_elsewhere": lambda who, device: 1.0,
+    }
+    for name, value in small.items():
+        monkeypatch.setitem(module["main"].__globals__, name, value)
+    monkeypatch.setattr("sys.argv", ["generative.py", "--part", "dfad"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "generative"
+    assert set(line["ratios"]) == {"dfad_exact", "dfad_fast"}
     assert line["equal"] is True

@@ -58,6 +58,9 @@ SHARED = {
     "feature_adapters",
     "feature_parts",
     "feature_bank",
+    "data_free",
+    "data_free_entries",
+    "data_free_parts",
 }
 
 

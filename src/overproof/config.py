@@ -18,6 +18,7 @@ def _fraction(value: Any) -> Any:
 
 
 Radius = Annotated[float, BeforeValidator(_fraction), Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -97,10 +98,12 @@ class TrainConfig(_Section):
 
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1, description="images per step and device")
+    steps_per_epoch: int | None = Field(None, ge=1, description="for methods that train without data; 50 if not said")
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of adam and adamw")
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["cosine", "multi-step", "one-cycle", "constant"] = "cosine"
     milestones: list[Annotated[float, Field(ge=0, le=1)]] = Field(

@@ -8,7 +8,8 @@ RUN/
   model.json             how to rebuild the model
   data.json              how many images of each class and subgroup there are, if that is known
   method.json            what the method learned beside the model, if it did; method.npz: what of it can be looked at
-  samples.json           figures of what a generator makes, with samples/ (how its pictures came about) and generator.json
+  generator.json         how to rebuild the generator that a method has trained, with weights/generator.safetensors
+  samples.json           figures of what a generator makes; samples/: pictures after so many steps, step-NNNNNNNN.png
   weights/               best.safetensors, last.safetensors
   checkpoint.pt          everything needed to resume (read with weights_only=True)
   evaluations/NAME.json  summary, with NAME.npz (a row per sample) and NAME-gallery.npz (a few images)

@@ -68,6 +68,18 @@ def borrowed(model: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A forward inside the block builds no gradients for the weights of `model`, but lets them through to its inputs."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Honest float32: no autocast, and no TensorFloat-32 in convolutions and products, whose rounding misleads attacks."""
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()

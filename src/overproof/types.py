@@ -51,8 +51,10 @@ class Progress:
 @dataclass(frozen=True)
 class Output:
     """What an objective returns: weighted loss terms (0-d tensors, summed by the loop), the student's logits
-    (N, K) on the images named by the method, and unweighted quantities worth logging."""
+    (N, K) on the images named by the method, and unweighted quantities worth logging. The logits are compared with `labels`
+    (N,), the batch's own if there are none."""
 
     losses: dict[str, Tensor]
     logits: Tensor
     logs: dict[str, Tensor] | None = None
+    labels: Tensor | None = None

@@ -12,6 +12,7 @@ from cyclopts import App
 from overproof.cli.comparing import compare
 from overproof.cli.evolving import evolve
 from overproof.cli.explaining import explain
+from overproof.cli.generating import generate
 from overproof.cli.grouping import groups
 from overproof.cli.guarding import guard, predict
 from overproof.cli.looking import evaluate, list_entries, report, show_one
@@ -25,6 +26,7 @@ app = App(
 for _command in (train, distill, probe_linear, resume, evaluate, compare, report, run, demo, reproduce, explain):
     app.command(_command)
 app.command(evolve)
+app.command(generate)
 app.command(predict)
 app.command(groups)
 app.command(guard)

@@ -27,10 +27,13 @@ def _execute(
 ) -> None:
     from overproof.config import read_config, resolve
     from overproof.run.prepare import refuse_code
+    from overproof.run.without_data import unnamed_data
 
-    weakest = {"method": {"name": "kd"}} if table["verb"] == "distill" else {}
+    weakest: dict[str, Any] = {"method": {"name": "kd"}} if table["verb"] == "distill" else {}
+    given = read_config(config) if config else {}
+    weakest |= unnamed_data(resolve(weakest, given, table, overrides=overrides))
     if config:
-        weakest = refuse_code(resolve(weakest, read_config(config)), str(config), trust).table()
+        weakest = refuse_code(resolve(weakest, given), str(config), trust).table()
     resolved = resolve(weakest, table, overrides=overrides)
     chosen = numbers(seeds)
     if len(chosen) > 1:
@@ -142,7 +145,7 @@ def distill(
     student
         A registered model, timm:NAME, torchvision:NAME or module.path:callable.
     data
-        A registered set, parquet:DIR, hub:NAME or folder:DIR.
+        A registered set, parquet:DIR, hub:NAME or folder:DIR; for methods without data what the student is evaluated on, if anything.
     method
         A registered method with a teacher (`overproof list methods`); kd if nothing else is said.
     out

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from overproof.data.load import load_data
     from overproof.data.loaders import DeviceLoader, Loader, make_loader
     from overproof.data.mixing import CutMix, Mixup
+    from overproof.data.nothing import NoImages
     from overproof.data.splits import Splits, long_tailed, stratified_split, stratified_subset
     from overproof.data.steps import Cutout, HorizontalFlip, RandAugment, RandomCrop
     from overproof.data.stream_loader import StreamLoader
@@ -59,9 +60,14 @@ _SOURCES = {
     "parquet": ("parquet:parquet", "parquet:DIR - Parquet files in the layout of the Hugging Face Hub."),
     "hub": ("hub:hub", "hub:NAME - a set of the Hugging Face Hub (pip install overproof[hub])."),
     "folder": ("folders:folder", "folder:DIR - images in one folder per class, or in DIR/{train,test}/CLASS."),
+    "none": ("nothing:none", "No images at all, for methods that train without data."),
 }
 for _name, (_target, _summary, *_url) in _SOURCES.items():
     DATA.add(_name, f"overproof.data.{_target}", summary=_summary, url=_url[0] if _url else "")
+# What a generator makes takes networks, so that a room above serves it, when it is asked for.
+DATA.add(
+    "generator", "overproof.run.generating:generated", summary="generator:RUN - images of the generator that a run has trained."
+)
 
 _HOMES = {
     **dict.fromkeys(("Augment", "build_augment"), "augmentation"),
@@ -76,11 +82,12 @@ _HOMES = {
     "ImageSet": "images",
     "IterableLoader": "iterables",
     "load_data": "load",
+    "NoImages": "nothing",
 }
 
 __all__ = [
     "DATA", "Attribute", "Augment", "CutMix", "Cutout", "DeviceLoader", "HorizontalFlip", "ImageSet", "IterableLoader", "Loader",
-    "MixedLoader", "Mixup", "RandAugment", "RandomCrop", "Splits", "StreamLoader", "StreamSet", "build_augment", "load_data",
+    "MixedLoader", "Mixup", "NoImages", "RandAugment", "RandomCrop", "Splits", "StreamLoader", "StreamSet", "build_augment", "load_data",
     "load_extra", "long_tailed", "make_loader", "make_mixed", "stratified_split", "stratified_subset",
 ]  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from overproof.methods.data_free_entries import WITHOUT_DATA
 from overproof.methods.nim_entries import NOISY_IMAGES
 from overproof.registry import Registry
 
@@ -246,6 +247,8 @@ METHODS.add(
     url="https://arxiv.org/abs/2409.18785",
     tags=("distillation", "features", "plug-in"),
 )
+for _name, _about in WITHOUT_DATA.items():
+    METHODS.add(_name, **_about, tags=("distillation", "data-free"))
 
 __all__ = ["METHODS", "FeatureObjective", "Objective", "RobustObjective"]
 

@@ -16,6 +16,7 @@ from overproof.attacks.pgd import PGD
 from overproof.attacks.threats import Norm, Threat, make_ball
 from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy
+from overproof.models.generators import Generator
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 
@@ -83,6 +84,19 @@ class Objective(nn.Module, ABC):
     def groups(self, phase: str = "train") -> list[dict[str, Any]]:
         """The same for the optimiser: tables with "params", options of their own, and "lr_scale", a factor of the learning rate."""
         return [{"params": list(self.trainable(phase))}]
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The phases that make up one step, in order; a phase may have several turns. `loss` and `accuracy` are those of the first phase."""
+        return self.phases
+
+    def settings(self, phase: str) -> dict[str, Any]:
+        """What of [train] is otherwise for the optimiser of `phase`, such as {"optimizer": "adam", "lr": 1e-3}."""
+        return {}
+
+    def artefacts(self) -> dict[str, Generator]:
+        """Generators that it trains beside the student, by name: kept in the run, with pictures of what they make."""
+        return {}
 
     def trained_state(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold: student and adapters, not the teacher."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from overproof.errors import UnknownNameError, UsageError
+from overproof.models.blocks import Doubling
 
 Law = Literal["normal", "uniform"]
 Head = Literal["batchnorm", "tanh", "sigmoid"]
@@ -130,8 +132,7 @@ def upsampling(latent: int, shape: Shape, *, width: int = 64, head: Head = "batc
         nn.BatchNorm2d(wide),
     ]
     for inputs, outputs in ((wide, wide), (wide, width)):
-        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]
-        layers.append(nn.LeakyReLU(0.2))
+        layers += [Doubling(inputs, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1), *_head(head, channels))
 
 
@@ -145,7 +146,7 @@ def dcgan(latent: int, shape: Shape, *, width: int = 64, head: Head = "tanh") ->
         nn.Unflatten(1, (widths[0], rows, columns)),
         nn.BatchNorm2d(widths[0]),
     ]
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
     return small_weights(nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1), *_head(head, channels)))
 
@@ -155,7 +156,7 @@ def transposed(latent: int, shape: Shape, *, width: int = 128, head: Head = "tan
     channels, side, doublings = _doublings(shape, "transposed")
     widths = [width * 2**i for i in reversed(range(doublings))]
     layers: list[nn.Module] = [nn.Unflatten(1, (latent, 1, 1)), nn.ConvTranspose2d(latent, widths[0], side), nn.ReLU()]
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1), nn.ReLU()]
     return small_weights(nn.Sequential(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1), *_head(head, channels)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from overproof.report.values import items, number
 
 ROWS = 10
 EXAMPLES = 8
+GRIDS = 6
 Box = tuple[float, float, float, float]  # x, y, width, height in percent of the image
 
 
@@ -45,15 +47,17 @@ class Learned:
     policy: list[Pair] = field(default_factory=list)
     more: int = 0  # pairs that are not shown
     sights: list[Sight] = field(default_factory=list)
+    samples: list[tuple[int, str]] = field(default_factory=list)  # step and picture of what a generator made then
 
 
 def learned(run: Run) -> Learned | None:
     """What the run's method learned beside the student, or None."""
     charts, policy = families(run), pairs(run.method)
     adapters = number(run.method.get("adapter_parameters"))
-    if not charts and not policy and not adapters:
+    made = samples(run)
+    if not charts and not policy and not adapters and not made:
         return None
-    return Learned(run, charts, adapters, policy[:ROWS], max(len(policy) - ROWS, 0), _sights(run))
+    return Learned(run, charts, adapters, policy[:ROWS], max(len(policy) - ROWS, 0), _sights(run), made)
 
 
 def pairs(method: dict[str, Any]) -> list[Pair]:
@@ -107,6 +111,27 @@ def _reliabilities(method: dict[str, Any]) -> list[str]:
         *told,
         *more,
     ]
+
+
+def samples(run: Run) -> list[tuple[int, str]]:
+    """Pictures of what a generator made after so many steps, as data URIs; at most `GRIDS`, spread over the training."""
+    found = sorted((run.folder.path / "samples").glob("step-*.png"))
+    kept = (
+        sorted({round(i * (len(found) - 1) / (GRIDS - 1)) for i in range(GRIDS)}) if len(found) > GRIDS else range(len(found))
+    )
+    pictures = []
+    for path in (found[i] for i in kept):
+        try:
+            pictures.append((int(path.stem.removeprefix("step-")), _uri(path.read_bytes())))
+        except (ValueError, OSError) as error:
+            run.warnings.append(f"{path} cannot be shown ({type(error).__name__}: {error}).")
+    return pictures
+
+
+def _uri(png: bytes) -> str:
+    if not png.startswith(b"\x89PNG"):
+        raise ValueError("it is no PNG")
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _sights(run: Run) -> list[Sight]:

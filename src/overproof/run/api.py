@@ -61,7 +61,7 @@ def train(
     Args:
         model: images in [0, 1] -> logits (N, K), trained in place; or a registered name.
         data: training images: a registered name, `Splits`, `ImageSet`, a Dataset of (image, label), a pair of tensors, or an
-            iterable of (images, labels) that can be walked once an epoch.
+            iterable of (images, labels) that can be walked once an epoch. For methods without data None, or what is evaluated on.
         method: registered name of a method without teacher.
         out: run folder; the next free `runs/METHOD-n` if None.
         validation_data: held-out images for choosing the best weights; without them the last are the best.
@@ -127,6 +127,8 @@ def start(teacher: Any, student: Any, data: Any, given: dict[str, Any], *, sourc
     """
     method = given["method"] if isinstance(given["method"], str) else ",".join(given["method"])
     layer = _sort(method, given["options"])
+    if data is None and given["validation_data"] is None and given["test_data"] is None:
+        data = "none"
     own_data = isinstance(data, str)
     layer["data"] = {"name": data if own_data else USER, **layer["data"]}
     layer["model"] = {"name": student if isinstance(student, str) else USER}

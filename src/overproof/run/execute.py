@@ -14,7 +14,7 @@ from torch import nn
 
 from overproof import console
 from overproof.config import RunConfig, resolve
-from overproof.data import DeviceLoader, Splits, build_augment, make_loader, make_mixed
+from overproof.data import DeviceLoader, NoImages, Splits, build_augment, make_loader, make_mixed
 from overproof.errors import FolderError, OverproofError, UsageError
 from overproof.folder import RunFolder, disk_message, write_json, write_toml
 from overproof.methods.objective import Objective
@@ -137,7 +137,9 @@ def _trainer(
         "world_size": fabric.world_size,
     }
     loader: Any
-    if data.extra is not None:
+    if isinstance(data.train, NoImages):
+        loader = data.train.to(fabric.device)
+    elif data.extra is not None:
         loader = make_mixed(data.train, data.extra, train.batch_size, share=config.data.extra_share, **how)
     else:
         whole = not hasattr(data.train, "__len__") or len(data.train) >= size

@@ -12,7 +12,7 @@ from torch import nn
 
 from overproof.attacks.base import Attack, logits_of
 from overproof.config import DataConfig, ModelConfig, RunConfig
-from overproof.data import DATA, Splits, build_augment, load_data, load_extra, make_loader
+from overproof.data import DATA, NoImages, Splits, build_augment, load_data, load_extra, make_loader
 from overproof.data.modifiers import split_name
 from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation.curves import check_curve
@@ -22,12 +22,13 @@ from overproof.methods.objective import Objective
 from overproof.models import MODELS, create_model
 from overproof.models.weights import fill, read_state
 from overproof.networks import in_mode
-from overproof.registry import Entry, Registry
+from overproof.registry import Registry
 from overproof.run.course import checked_evolution
 from overproof.run.numbering import check_numbers, rows_of
-from overproof.run.robust import check_extra, warm_up
+from overproof.run.robust import check_extra, warm_up, with_attack
 from overproof.run.teachers import check_teachers, make_teacher
 from overproof.run.transfer import named_by_run, transferred
+from overproof.run.without_data import check_without_data, data_free, imagined
 
 USER = "(yours)"  # stands in the configuration for a module or data set that came as an object
 ROLES = ("student", "teacher", "standard teacher")
@@ -71,6 +72,7 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
     entry = METHODS.get(config.method.name)
     entry.check(config.method.options, "method")
     check_teachers(config, entry)
+    check_without_data(config)
     if config.train.cache_teacher and config.data.augment:
         raise UsageError(
             f"train.cache_teacher=true is exact only without augmentation, but data.augment is {config.data.augment}. Drop one."
@@ -86,7 +88,7 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
     _check_section("data", config.data, DATA)
     check_extra(config, named=config.data.extra != USER)
     build_augment(config.data.augment, classes=2)
-    config = config if own_attacks else _with_attack(config, entry)
+    config = config if own_attacks else with_attack(config, entry)
     check_curve(config.evaluation.curve, own_attacks or make_attacks(config.evaluation.attacks))
     return config
 
@@ -101,23 +103,6 @@ def _check_section(kind: str, section: DataConfig | ModelConfig, registry: Regis
     for key in section.options:
         if key not in known:
             raise UnknownNameError(f"key of [{kind}] for {section.name!r}:", key, known)
-
-
-def _with_attack(config: RunConfig, entry: Entry) -> RunConfig:
-    given = entry.check(config.method.options)
-    if entry.name == "composed":  # the threat is that of its first robust part
-        names, of_parts = given.get("methods", entry.options()["methods"].default), given.get("options") or {}
-        robust = next((name for name in names if name in METHODS and "robust" in METHODS.get(name).tags), None)
-        if robust is None:
-            return config
-        entry = METHODS.get(robust)
-        given = entry.check(of_parts.get(robust, {}))
-    options = {**{o.name: o.default for o in entry.options().values()}, **given}
-    if "robust" not in entry.tags or config.evaluation.attacks or not {"eps", "norm"} <= set(options):
-        return config
-    attack = {"attack": "pgd", "steps": 20, "eps": options["eps"], "norm": options["norm"]}
-    evaluation = config.evaluation.model_copy(update={"attacks": {"pgd-20": attack}})
-    return config.model_copy(update={"evaluation": evaluation})
 
 
 def refuse_code(config: RunConfig, place: str, trusted: bool) -> RunConfig:
@@ -139,6 +124,7 @@ def refuse_code(config: RunConfig, place: str, trusted: bool) -> RunConfig:
 
 def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserData]:
     """The objective with its networks, and the data."""
+    parts = _without_data(config, parts) if data_free(config) else parts
     splits = parts.data or data_of(config)
     torch.manual_seed(config.seed)
     student = parts.student
@@ -174,6 +160,16 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     return objective, splits
 
 
+def _without_data(config: RunConfig, parts: Parts) -> Parts:
+    """The parts with the teacher, and for training data what it says of them; real images are for the evaluation alone."""
+    known = parts.data or (None if config.data.name == "none" else data_of(config))
+    assert config.teacher is not None
+    teacher = parts.teacher or make_teacher(config.teacher, known, trusted=parts.trusted)
+    train = imagined(config, teacher, known)
+    validation, test = (getattr(known, part, None) for part in ("validation", "test"))
+    return replace(parts, teacher=teacher, data=UserData(train, validation, test, train.classes))
+
+
 def _compare_classes(objective: Objective, widths: Sequence[int]) -> None:
     for role, width in zip(ROLES, widths, strict=False):
         if width != widths[0] and objective.needs_same_classes:
@@ -190,7 +186,7 @@ def data_of(config: RunConfig) -> Splits:
 
 
 def _build(config: RunConfig, splits: Splits | UserData) -> nn.Module:
-    if isinstance(splits, UserData):
+    if isinstance(splits, UserData) and not isinstance(splits.train, NoImages):
         raise UsageError(
             f"The model {config.model.name!r} cannot be built by name for data that came as objects: their classes and size are not "
             "known. Build it first: overproof.create_model(name, classes, in_channels, image_size)."
@@ -199,7 +195,7 @@ def _build(config: RunConfig, splits: Splits | UserData) -> nn.Module:
     chosen = config.model
     own = {} if chosen.pretrained else {"mean": mean, "std": std}  # pretrained weights bring their normalisation
     options = {**own, "pretrained": chosen.pretrained, **chosen.options}
-    model = create_model(chosen.name, len(splits.classes), splits.channels, splits.image_size, **options)
+    model = create_model(chosen.name, len(splits.classes), splits.train.channels, splits.train.image_size, **options)
     if chosen.weights:
         fill(model, read_state(chosen.weights), Path(chosen.weights))
     return model

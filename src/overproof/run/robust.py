@@ -8,6 +8,7 @@ from overproof.data.modifiers import split_name
 from overproof.errors import UsageError
 from overproof.methods import METHODS
 from overproof.methods.objective import Objective, RobustObjective
+from overproof.registry import Entry
 
 
 def check_extra(config: RunConfig, *, named: bool) -> None:
@@ -57,3 +58,21 @@ def watched(config: RunConfig) -> bool:
         return config.evaluation.fisher
     names = [config.method.name, *config.method.options.get("methods", ())]
     return any(name in METHODS and "penalty" in METHODS.get(name).tags for name in names)
+
+
+def with_attack(config: RunConfig, entry: Entry) -> RunConfig:
+    """The configuration with PGD-20 under the threat of a robust method, if its evaluation names no attack."""
+    given = entry.check(config.method.options)
+    if entry.name == "composed":  # the threat is that of its first robust part
+        names, of_parts = given.get("methods", entry.options()["methods"].default), given.get("options") or {}
+        robust = next((name for name in names if name in METHODS and "robust" in METHODS.get(name).tags), None)
+        if robust is None:
+            return config
+        entry = METHODS.get(robust)
+        given = entry.check(of_parts.get(robust, {}))
+    options = {**{o.name: o.default for o in entry.options().values()}, **given}
+    if "robust" not in entry.tags or config.evaluation.attacks or not {"eps", "norm"} <= set(options):
+        return config
+    attack = {"attack": "pgd", "steps": 20, "eps": options["eps"], "norm": options["norm"]}
+    evaluation = config.evaluation.model_copy(update={"attacks": {"pgd-20": attack}})
+    return config.model_copy(update={"evaluation": evaluation})

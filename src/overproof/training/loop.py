@@ -17,6 +17,7 @@ from overproof.errors import OverproofError
 from overproof.folder import RunFolder
 from overproof.methods.objective import Objective
 from overproof.models.weights import save_weights
+from overproof.training.artefacts import keep_generators
 from overproof.training.averaging import STATISTICS, make_averaged, measure_statistics
 from overproof.training.awp import worst_gradients
 from overproof.training.checkpoints import append_metrics, restore_state, save_state
@@ -81,9 +82,10 @@ class Trainer:
             for network in (objective.student, objective.teacher):
                 if network is not None:
                     network.compile()
-        bare = [make_optimizer(config, objective.groups(phase)) for phase in objective.phases]
+        self.configs = {phase: config.model_copy(update=objective.settings(phase)) for phase in objective.turns}
+        bare = [make_optimizer(own, objective.groups(phase)) for phase, own in self.configs.items()]
         self.wrapped, *optimizers = self.fabric.setup(Plain(objective), *bare)
-        self.optimizers = dict(zip(objective.phases, optimizers, strict=True))
+        self.optimizers = dict(zip(self.configs, optimizers, strict=True))
 
     @property
     def model(self) -> nn.Module:
@@ -164,8 +166,8 @@ class Trainer:
         if self.config.channels_last:
             batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
         parcel = Parcel(batch, Progress(self.step, self.total, epoch, self.config.epochs))
-        rate = learning_rate(self.config, self.step, self.total)
-        for phase, optimizer in self.optimizers.items():
+        for phase in self.objective.turns:
+            optimizer, rate = self.optimizers[phase], learning_rate(self.configs[phase], self.step, self.total)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             output = self._gradients(parcel, phase, optimizer)
@@ -173,7 +175,7 @@ class Trainer:
                 # Under 16-mixed infinite gradients are normal: the scaler then skips the step.
                 self.fabric.clip_gradients(self.wrapped, optimizer, max_norm=self.config.clip, error_if_nonfinite=False)
             optimizer.step()
-            self.meter.add(batch, output)
+            self.meter.add(batch, output, whole=phase == self.objective.phases[0])
         self.step += 1
         self._average()
 
@@ -230,6 +232,8 @@ class Trainer:
         if self.fabric.is_global_zero:
             for which in ("last", "best") if better else ("last",):
                 save_weights(self.model, self.folder.path, which)
+            where = {"step": self.step, "epoch": epoch, "epochs": self.config.epochs}
+            keep_generators(self.objective.artefacts(), self.folder.path, **where)
 
     def _checkpoint(self) -> None:
         self._save()

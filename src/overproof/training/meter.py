@@ -51,12 +51,14 @@ class Meter:
         self.counts: dict[str, int] = {}
 
     @torch.no_grad()
-    def add(self, batch: Batch, output: Output) -> None:
-        """Take in one step: loss terms, their sum, logged quantities and accuracy."""
-        labels = batch.labels if batch.labels.dim() == 1 else batch.labels.argmax(dim=1)
+    def add(self, batch: Batch, output: Output, *, whole: bool = True) -> None:
+        """Take in one step: loss terms and logged quantities; unless it is not the `whole` of a step, their sum and accuracy too."""
         values = {name: value.detach() for name, value in output.losses.items()}
-        values["loss"] = torch.stack(list(values.values())).sum()
-        values["accuracy"] = (output.logits.argmax(dim=1) == labels).float().mean()
+        if whole:
+            labels = batch.labels if output.labels is None else output.labels
+            labels = labels if labels.dim() == 1 else labels.argmax(dim=1)
+            values["loss"] = torch.stack(list(values.values())).sum()
+            values["accuracy"] = (output.logits.argmax(dim=1) == labels).float().mean()
         for name, value in {**values, **(output.logs or {})}.items():
             self.sums[name] = self.sums.get(name, 0) + len(batch) * value.float()
             self.counts[name] = self.counts.get(name, 0) + len(batch)

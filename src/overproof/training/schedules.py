@@ -48,4 +48,4 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter | dict
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, config.lr, momentum=config.momentum, weight_decay=decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, config.lr, weight_decay=decay)
+    return kind(groups, config.lr, betas=config.betas, weight_decay=decay)

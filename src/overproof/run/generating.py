@@ -1,0 +1,96 @@
+"""What the generator of a run makes: pictures to look at, and labelled images to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from overproof.attacks.base import logits_of
+from overproof.data import ImageSet
+from overproof.data.splits import Parts
+from overproof.errors import FolderError, UsageError
+from overproof.folder import RunFolder
+from overproof.models.sampling import load_generator, sample, write_grid
+from overproof.models.weights import load_model
+
+BATCH = 256
+
+
+def generate(
+    run: str | Path,
+    count: int,
+    output: str | Path,
+    *,
+    name: str = "generator",
+    seed: int = 0,
+    columns: int | None = None,
+    zoom: int = 1,
+) -> Path:
+    """Write a picture of what the generator of a run makes.
+
+    Args:
+        run: a run folder whose method has trained a generator.
+        count: number of images, at least 1.
+        output: the PNG file to write.
+        name: of the generator, if there are several.
+        seed: of the noise.
+        columns: images side by side; None: about a square.
+        zoom: by how much each pixel is enlarged, a whole number.
+
+    Raises:
+        FolderError: no such run, no generator in it, or a file that cannot be written.
+        UsageError: counts below 1, or another kind of file.
+    """
+    output = Path(output)
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"-o {output}: the picture is written as PNG; give a name that ends in .png.")
+    if zoom < 1 or (columns is not None and columns < 1):
+        raise UsageError(f"A picture needs zoom and columns of at least 1, not {zoom} and {columns}.")
+    generator = load_generator(RunFolder(run).require().path, name).to(_device())
+    write_grid(sample(generator, count, seed=seed), output, columns=columns, zoom=zoom)
+    return output
+
+
+def generated(
+    run: str,
+    *,
+    count: int = 10_000,
+    seed: int = 0,
+    generator: str = "generator",
+    labels: str | None = None,
+    which: str = "best",
+) -> Parts:
+    """A data source, generator:RUN: images of the run's generator with the classes that a network sees in them.
+
+    Args:
+        run: a run folder whose method has trained a generator.
+        count: number of images.
+        seed: of the noise.
+        generator: its name, if there are several.
+        labels: a run folder whose network says the classes, such as the teacher's; None: the run's own network.
+        which: weights of that network, "best" or "last".
+
+    Raises:
+        FolderError: no such run, no generator in it, or no network that could name classes.
+        UsageError: fewer than one image.
+    """
+    folder = RunFolder(run).require()
+    device = _device()
+    images = sample(load_generator(folder.path, generator).to(device), count, seed=seed)
+    judge = RunFolder(labels or run).require().path
+    try:
+        model = load_model(judge, which).to(device)
+    except FolderError as error:
+        raise FolderError(
+            f"Nobody says what classes the images of {run} show; give labels=RUN of a classifier. ({error})"
+        ) from error
+    with torch.no_grad():
+        logits = torch.cat([logits_of(model, part.to(device)).cpu() for part in torch.split(images, BATCH)])
+    pixels: Tensor = (images * 255).round().to(torch.uint8)
+    return {"train": ImageSet(pixels, logits.argmax(dim=1), classes=logits.shape[1], name=f"generator:{run}")}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
