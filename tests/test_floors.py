@@ -60,6 +60,9 @@ SHARED = {
     "feature_bank",
     "data_free",
     "data_free_entries",
+    "plain_entries",
+    "robust_entries",
+    "memory",
     "data_free_parts",
 }
 

@@ -473,10 +473,10 @@ def test_grey_images_are_told_apart_from_coloured_ones(cast: dict[str, nn.Module
 def test_consensus_and_accuracy_by_hand() -> None:
     labels = torch.tensor([0, 1, 2, 0])
     models = {
-        "teacher": Scripted([0, 1, 2, 0] + [1, 1, 1, 1]),
-        "student": Scripted([0, 1, 2, 1] + [1, 1, 1, 0]),
-        "independent:0": Scripted([0, 1, 0, 1] + [0, 0, 1, 0]),
-        "independent:1": Scripted([0, 0, 0, 0] + [0, 1, 1, 0]),
+        "teacher": Scripted([0, 1, 2, 0, 1, 1, 1, 1]),
+        "student": Scripted([0, 1, 2, 1, 1, 1, 1, 0]),
+        "independent:0": Scripted([0, 1, 0, 1, 0, 0, 1, 0]),
+        "independent:1": Scripted([0, 0, 0, 0, 0, 1, 1, 0]),
     }
     found = Domains().run(models, Material(numbered(4), labels, domains={"other": (numbered(4, 4), labels)}))
     rows = {(row.quantity, row.condition): row for row in found.rows}

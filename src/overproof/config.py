@@ -19,6 +19,7 @@ def _fraction(value: Any) -> Any:
 
 Radius = Annotated[float, BeforeValidator(_fraction), Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
@@ -106,9 +107,7 @@ class TrainConfig(_Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of adam and adamw")
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["cosine", "multi-step", "one-cycle", "constant"] = "cosine"
-    milestones: list[Annotated[float, Field(ge=0, le=1)]] = Field(
-        default=[0.5, 0.75], description="shares of the training after which lr is multiplied by gamma"
-    )
+    milestones: list[Share] = Field([0.5, 0.75], description="shares of the training after which lr is multiplied by gamma")
     gamma: float = Field(0.1, gt=0)
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
@@ -145,15 +144,11 @@ class TrainConfig(_Section):
 class EvaluationConfig(_Section):
     """[evaluation] - what is measured on the test set when training ends."""
 
-    attacks: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="attacks by name; key `attack` names the entry"
-    )
+    attacks: dict[str, dict[str, Any]] = Field(default_factory=dict, description="by name; key `attack` names the entry")
     curve: list[Radius] = Field(default_factory=list)
     batch_size: int = Field(256, ge=1)
     weights: list[Literal["best", "last"]] = Field(default=["best", "last"])
-    fisher: bool | None = Field(
-        None, description="measure flatness too, see `evaluate`; not said: for methods with a penalty on it"
-    )
+    fisher: bool | None = Field(None, description="measure flatness too; not said: for methods with a penalty on it")
 
 
 class RunConfig(_Section):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from overproof.attacks.base import logits_of
-from overproof.data.pictures import find_pictures, read_picture
+from overproof.data.decoding import decode
+from overproof.data.pictures import find_pictures
 from overproof.data.pixels import to_float
 from overproof.errors import DataError
 from overproof.probes.base import Probe, Result, SkipProbe
@@ -116,5 +117,5 @@ def read_cues(folder: str | Path, classes: Sequence[str], *, channels: int, side
             )
         pairs.append(found)
     numbers = torch.tensor(pairs, dtype=torch.long)
-    images = torch.stack([read_picture(path, channels=channels, side=side) for path in paths])
+    images = torch.stack([torch.tensor(decode(path, channels=channels, image_size=side)) for path in paths])
     return Cues(to_float(images), numbers[:, 0], numbers[:, 1], merged)
