@@ -12,12 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from overproof.errors import UnknownNameError, UsageError
 from overproof.registry import convert
 
-
-def _fraction(value: Any) -> Any:
-    return convert(value, float, "radius") if isinstance(value, str) else value
-
-
-Radius = Annotated[float, BeforeValidator(_fraction), Field(ge=0)]
+Radius = Annotated[
+    float, BeforeValidator(lambda value: convert(value, float, "radius") if isinstance(value, str) else value), Field(ge=0)
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
