@@ -122,7 +122,7 @@ class Purifier(Guard):
         if level > high * (1 + 1e-6):
             warnings.warn(
                 f"sigma={level:g} is beyond what the purifier was trained for (up to {high:g}): do not trust what it rebuilds.",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def train(self, mode: bool = True) -> Self:
