@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from overproof.errors import UsageError
 from overproof.methods.feature_objective import Seen
-from overproof.methods.feature_parts import Compound, make_part
+from overproof.methods.feature_parts import Compound, Whole, make_part
 from overproof.methods.feature_probe import ImageShape
 from overproof.methods.objective import RobustObjective
 from overproof.types import Batch, Progress
@@ -67,6 +67,11 @@ class Composed(Compound):
             for term, value in part.terms(seen, batch, progress).items():  # type: ignore[operator]
                 found[term if term.startswith(name) else f"{name}-{term}"] = weight * value
         return found
+
+    def describe(self) -> dict[str, Any]:
+        """What all parts have learned beside the student."""
+        inner = [part.inner for part in self.parts if isinstance(part, Whole)]
+        return {**super().describe(), **{key: value for part in inner for key, value in part.describe().items()}}
 
     def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
         """Those of all parts."""
