@@ -361,6 +361,7 @@ def test_as_a_part_of_others() -> None:
     inner.study([small_batch(40)])
     assert "ada-alpha" in both(batch, NOW).losses
     assert any(name.endswith("measured") for name in both.trained_state())
+    assert both.describe()["reliability"] == inner.measured.tolist()
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,9 @@ def test_reliabilities_of_different_kinds_are_not_averaged(tmp_path: Path) -> No
     assert group_report(runs).reliability == pytest.approx([0.8, 0.2, 0.5])
     write_json(runs[1] / "method.json", {**RunFolder(runs[1]).method, "kind": "accuracy"})
     assert group_report(runs).reliability == [0.9, 0.1, 0.5]
+    alone = folder(tmp_path / "c", ALONE, method="ce", teacher=None, seed=0)
+    other = folder(tmp_path / "d", TAUGHT, seed=4)
+    assert "No student trained alone was found for: d." in group_report([*runs, other, alone]).notes
 
 
 def test_runs_without_a_teacher_have_no_panel(tmp_path: Path) -> None:

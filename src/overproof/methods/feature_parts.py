@@ -121,6 +121,11 @@ class Compound(SharedForward):
         """The logs of all parts; of two of the same name the first."""
         return {name: value for part in reversed(self.parts) for name, value in part.told().items()}  # type: ignore[operator]
 
+    def describe(self) -> dict[str, Any]:
+        """What all parts have learned beside the student."""
+        inner = [part.inner for part in self.parts if isinstance(part, Whole)]
+        return {**super().describe(), **{key: value for part in inner for key, value in part.describe().items()}}
+
     def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
         """Those of all parts."""
         return {name: text for part in self._inner() for name, text in part.concerns(means).items()}

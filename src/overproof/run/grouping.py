@@ -66,6 +66,9 @@ def group_report(
     matches = {run.name: _match(run, candidates, named=bool(alone)) for run in students}
     models = _models(students, matches, by, evaluation)
     notes = caveats([(run, match) for run in students if (match := matches[run.name]) is not None])
+    lonely = [run.name for run in students if matches[run.name] is None]
+    if lonely:
+        notes.append(f"No student trained alone was found for: {', '.join(lonely)}.")
     first = students[0]
     facts: dict[str, Any] = reliability_of(students, by)
     if reliability and not facts:
