@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from overproof import console, create_model, load_data
 from overproof.data import ImageSet
 from overproof.data.modifiers import Modifier, modify
-from overproof.data.pixels import to_float
 from overproof.folder import write_json
 from overproof.probes import Explanation, Lab, Material, Planes, explain
 from overproof.probes.planes import DecisionPlanes
@@ -151,7 +150,7 @@ def main() -> None:
         )
     line = {"name": "probes", "ratios": {"suite": round(statistics.median(ratios), 4)}, "equal": equal}
     if options.save:
-        about = f"All probes but the shape bias on {options.images} images, a convolutional teacher and four students of half its width: everything once, against every student by itself."
+        about = f"All probes but the shape bias on {options.images} images, a teacher and four students: everything once, against student by student."
         spread = {"suite": round(statistics.stdev(ratios), 4) if len(ratios) > 1 else 0.0}
         facts = {"about": about, "spread": spread, "environment": {**environment("cpu"), "command": "", "platform": ""}}
         write_json(Path("results/bench-probes.json"), {**line, **facts})

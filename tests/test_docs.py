@@ -63,7 +63,8 @@ def test_guards_example(tmp_path: Path) -> None:
 
 def test_explain_example(tmp_path: Path) -> None:
     (code,) = blocks(ROOT / "docs/explain.md", "python")
-    names = "from overproof import create_model\nteacher, student, first, second = (create_model('cnn', 10, 3, 32, widths=(4, 8)) for _ in range(4))\n"
+    names = "from overproof import create_model\n"
+    names += "teacher, student, first, second = (create_model('cnn', 10, 3, 32, widths=(4, 8)) for _ in range(4))\n"
     names += "group_of_each_image = labels % 2\n"
     tail = "\nassert found['group-bias'].facts['deprived'] == 'south' and not found.skipped"
     assert "Number(value=" in run_python(SETTING + names + code + tail, tmp_path)

@@ -235,13 +235,13 @@ RECIPE = """
 seeds = [0]
 [defaults.data]
 name = "digits+rgb"
-limit_train = 100
+limit_train = 200
 limit_test = 40
 [defaults.model]
 name = "cnn"
-widths = [4]
+widths = [8]
 [defaults.train]
-epochs = 5
+epochs = 20
 batch_size = 25
 optimizer = "adam"
 lr = 0.02
@@ -260,12 +260,13 @@ FIGURE = '[[figures]]\nname = "f"\nrun = "kd"\nevaluation = "test-last"\nagainst
 
 def test_figures_of_recipes_by_probes(tmp_path: Path) -> None:
     path, figures = tmp_path / "r.toml", []
-    for metric, more in (
-        ("accuracy", 'data = "color"'),
-        ("consensus", ""),
-        ("planes", "options = { planes = 2, side = 4 }"),
-        ("fooled", "options = { eps = 0.5 }"),
-    ):
+    asked = {
+        "accuracy": 'data = "color"',
+        "consensus": "",
+        "planes": "options = { planes = 2, side = 4 }",
+        "fooled": "options = { eps = 0.5 }",
+    }
+    for metric, more in asked.items():
         figures.append(f'{FIGURE}metric = "{metric}"\n{more}\n')
     figures.append(f'{FIGURE}metric = "consensus"\nminus = "alone"\n')
     path.write_text(RECIPE + "\n".join(figures))
