@@ -45,6 +45,9 @@ def test_extending_examples(tmp_path: Path) -> None:
     code += (
         "\nfrom overproof.testing import check_attack, check_guard, check_method\nimport overproof\n"
         "check_method(MarginKD)\ncheck_attack(TopLogit(eps=0.1))\ncheck_guard(Blur)\n"
+        "nets = {n: overproof.create_model('cnn', 2, 3, 8) for n in ('teacher', 'student', 'independent:0', 'independent:1')}\n"
+        "told = overproof.explain(nets, (torch.rand(40, 3, 8, 8), torch.arange(40) % 2), probes='same-mistakes')\n"
+        "assert 'independent seeds' in told['same-mistakes'].controls\n"
         "run = overproof.train('my-net', 'my-set', epochs=1, batch_size=32, attacks=['top-logit'], out='r')\n"
         "assert run.evaluations['test-best']['attacks']['top-logit']['robust'] >= 0\n"
     )
