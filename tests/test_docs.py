@@ -45,6 +45,9 @@ def test_extending_examples(tmp_path: Path) -> None:
     code += (
         "\nfrom overproof.testing import check_attack, check_guard, check_method\nimport overproof\n"
         "check_method(MarginKD)\ncheck_attack(TopLogit(eps=0.1))\ncheck_guard(Blur)\n"
+        "nets = {n: overproof.create_model('cnn', 2, 3, 8) for n in ('teacher', 'student', 'independent:0', 'independent:1')}\n"
+        "told = overproof.explain(nets, (torch.rand(40, 3, 8, 8), torch.arange(40) % 2), probes='same-mistakes')\n"
+        "assert 'independent seeds' in told['same-mistakes'].controls\n"
         "run = overproof.train('my-net', 'my-set', epochs=1, batch_size=32, attacks=['top-logit'], out='r')\n"
         "assert run.evaluations['test-best']['attacks']['top-logit']['robust'] >= 0\n"
     )
@@ -79,8 +82,8 @@ def test_evolving_example(tmp_path: Path) -> None:
 
 def test_explain_example(tmp_path: Path) -> None:
     (code,) = blocks(ROOT / "docs/explain.md", "python")
-    names = "from overproof import create_model\nteacher, student, first, second = "
-    names += "(create_model('cnn', 10, 3, 32, widths=(4, 8)) for _ in range(4))\n"
+    names = "from overproof import create_model\n"
+    names += "teacher, student, first, second = (create_model('cnn', 10, 3, 32, widths=(4, 8)) for _ in range(4))\n"
     names += "group_of_each_image = labels % 2\n"
     tail = "\nassert found['group-bias'].facts['deprived'] == 'south' and not found.skipped"
     assert "Number(value=" in run_python(SETTING + names + code + tail, tmp_path)

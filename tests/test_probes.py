@@ -959,3 +959,9 @@ def test_the_mnist_net() -> None:
     assert [tuple(value.shape[1:]) for value in found.values()] == [(32, 26, 26), (64, 24, 24)]
     with pytest.raises(UsageError, match="image_size=5"):
         overproof.create_model("mnist-net", 10, 1, 5)
+
+
+def test_classes_without_images_are_named(cast: dict[str, nn.Module], material: Material) -> None:
+    few = Material(material.images, torch.zeros_like(material.labels), classes=("a", "b", "c"))
+    assert "no held-out image of b, c: no figure" in explain(cast, few, probes="cka").facts["notes"][0]
+    assert explain(cast, material, probes="cka").facts["notes"] == []

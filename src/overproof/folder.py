@@ -13,6 +13,8 @@ RUN/
   weights/               best.safetensors, last.safetensors
   checkpoint.pt          everything needed to resume (read with weights_only=True)
   evaluations/NAME.json  summary, with NAME.npz (a row per sample) and NAME-gallery.npz (a few images)
+  explanation.json       what probes found, with explanation.npz (what of it can be looked at)
+  probes/                what was computed of this run as a teacher, for the next student
   guards/NAME.json       a guard's options and findings, with NAME.safetensors (its tensors) and NAME.npz (what can be looked at)
   report.html
 """

@@ -15,7 +15,6 @@ PLAIN: dict[str, dict[str, Any]] = {
         "target": "overproof.methods.noisy_labels:NoisyLabels",
         "summary": "Labels softened by noise instead of a teacher: a control for probes.",
         "paper": "Ojha, Li, Sundara Rajan, Liang, Lee: What Knowledge Gets Distilled in Knowledge Distillation?, NeurIPS 2023",
-        "url": "https://arxiv.org/abs/2205.16004",
         "tags": ("baseline",),
     },
     "kd": {

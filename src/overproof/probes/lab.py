@@ -108,6 +108,13 @@ class Lab:
         """All whose own figures are worth telling: the teacher, the teacher without the property, and the judged."""
         return [self.teacher, *self.roles["plain"], *self.judged]
 
+    @property
+    def absent(self) -> list[str]:
+        """Names of the classes of which there is no image."""
+        known = self.material.classes if len(self.material.classes) == self.classes else tuple(map(str, range(self.classes)))
+        there = set(self.labels.tolist())
+        return [name for number, name in enumerate(known) if number not in there]
+
     def streams(self, purpose: str, seed: int, rows: Tensor | None = None) -> Streams:
         """Random numbers that belong to the images, at `rows` if not all."""
         return Streams.named(self.index if rows is None else self.index[rows], seed, purpose)

@@ -20,6 +20,8 @@ from overproof.probes.intervals import RESAMPLES
 from overproof.probes.lab import Lab
 from overproof.probes.store import Store
 
+FEW = 10  # names in a message
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -112,6 +114,9 @@ def explain(
 
 def _facts(lab: Lab) -> dict[str, Any]:
     notes = [] if len(lab.independents) >= 2 else [FEWER]
+    if absent := lab.absent:
+        more = f" and {len(absent) - FEW} more" if len(absent) > FEW else ""
+        notes.append(f"no held-out image of {', '.join(absent[:FEW])}{more}: no figure here says anything of such images")
     accuracy = {name: float((lab.clean(name) == lab.labels).double().mean()) for name in lab.watched}
     return {
         "images": len(lab.images),

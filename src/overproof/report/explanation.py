@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from overproof.errors import FolderError
 from overproof.folder import read_arrays, read_json
 from overproof.report.charts import Chart
-from overproof.report.probes import cam_triplets, curves, gaps, grids, planes, scores
+from overproof.report.probes import attacked_images, cam_triplets, curves, gaps, grids, planes, scores
 from overproof.report.reading import Run
 from overproof.report.values import items, number, table
 
@@ -42,6 +42,7 @@ class Told:
     notes: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     triplets: list[list[tuple[str, str]]] = field(default_factory=list)
+    attacked: list[list[tuple[str, str]]] = field(default_factory=list)
 
 
 def explained(run: Run) -> Told | None:
@@ -57,21 +58,19 @@ def explained(run: Run) -> Told | None:
         run.warnings.append(f"{path}: the explanation cannot be shown ({type(error).__name__}: {error}).")
         return None
     try:
-        drawn = _drawn(table(summary.get("probes")), arrays, summary)
-        return Told(**{**vars(told), "charts": drawn[0], "triplets": drawn[1]})
+        return replace(told, **_drawn(table(summary.get("probes")), arrays, summary))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         run.warnings.append(f"{path}: the probes' pictures cannot be drawn ({type(error).__name__}: {error}).")
         return told
 
 
-def _drawn(
-    probes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], summary: Mapping[str, Any]
-) -> tuple[list[Chart], list[list[tuple[str, str]]]]:
+def _drawn(probes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> dict[str, Any]:
     charts = [gaps(probes), scores(table(probes.get("adversarial-transfer")))]
     charts += [curves(name, table(probes.get(name))) for name in ("colour", "crop", "shift")]
     charts += [*planes(arrays), *grids(arrays)]
     classes = [str(name) for name in items(summary.get("classes"))]
-    return [chart for chart in charts if chart is not None], cam_triplets(arrays, classes)
+    kept = [chart for chart in charts if chart is not None]
+    return {"charts": kept, "triplets": cam_triplets(arrays, classes), "attacked": attacked_images(arrays, classes)}
 
 
 def told_of(run: Run, summary: Mapping[str, Any]) -> Told:

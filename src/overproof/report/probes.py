@@ -157,11 +157,30 @@ def cam_triplets(arrays: Mapping[str, np.ndarray], classes: Sequence[str]) -> li
         return []
     found = []
     for i, image in enumerate(arrays["localisation/images"].astype(float)):
-        label = int(arrays["localisation/labels"][i])
-        word = classes[label] if 0 <= label < len(classes) else str(label)
+        word = _word(classes, arrays["localisation/labels"][i])
         overlays = [(_short(name.removeprefix(prefix)), png(_under(image, arrays[name][i].astype(float)))) for name in names]
         found.append([(word, png(image)), *overlays])
     return found
+
+
+def attacked_images(arrays: Mapping[str, np.ndarray], classes: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """For each example (caption, data URI): an image, what fools the teacher in its place, and the change, largest at full strength."""
+    prefix = "adversarial-transfer/"
+    if f"{prefix}clean" not in arrays:
+        return []
+    found = []
+    for i, (clean, attacked) in enumerate(zip(arrays[f"{prefix}clean"], arrays[f"{prefix}attacked"], strict=True)):
+        change = attacked.astype(float) - clean.astype(float)
+        shown = png(0.5 + change / max(2 * float(np.abs(change).max()), 1e-9))
+        found.append(
+            [(_word(classes, arrays[f"{prefix}labels"][i]), png(clean)), ("attacked", png(attacked)), ("change", shown)]
+        )
+    return found
+
+
+def _word(classes: Sequence[str], label: object) -> str:
+    number = int(str(label))
+    return classes[number] if 0 <= number < len(classes) else str(number)
 
 
 def _under(image: np.ndarray, cam: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from overproof.run.judging import part_of
 from overproof.run.prepare import USER, data_of
 
 HOME = "probes"  # in the teacher's folder
+OF_ANY = ("validation", "split_seed", "root")  # keys of [data] that have a meaning for every set
 GREY_DOMAINS, DOMAINS = ("color", "blobs", "inverted", "sketch"), ("inverted", "sketch")
 
 
@@ -139,7 +140,8 @@ def material_of(config: RunConfig, subject: Subject) -> Material:
 def _with_data(config: RunConfig, name: str) -> RunConfig:
     """The configuration with another set, which has the options of the first if both are the same set differently changed."""
     table = config.table()
-    own = table["data"] if split_name(name)[0] == split_name(config.data.name)[0] else {"validation": config.data.validation}
+    same = split_name(name)[0] == split_name(config.data.name)[0]
+    own = {key: value for key, value in table["data"].items() if same or key in OF_ANY}
     return resolve({**table, "data": {**own, "name": name}})
 
 
