@@ -8,8 +8,9 @@ nobody needs. `dfad_exact` is the method as it is by default: neither of the two
 convolutions, and the generator's doubling of pixels, too. `dfad_fast` adds the approximations: one backward pass for the generator and
 the student's first step (shared), half of the student's other images from a pool with the teacher's answers (replay), and channels
 last. Same networks, weights and noise; the contenders take turns in going first, and the median of the turns' ratios is reported, with
-the peak memory of an iteration in a process of its own. Outcome check: after one iteration from the same weights with the same noise, plain SGD, the exact method has the
-straightforward loop's weights. Ends with one JSON line; a ratio is our time divided by the straightforward loop's.
+the peak memory of an iteration in a process of its own. Outcome check: after one iteration from the same weights with the same noise,
+plain SGD, the exact method has the straightforward loop's weights. Ends with one JSON line; a ratio is our time divided by the
+straightforward loop's.
 """
 
 from __future__ import annotations

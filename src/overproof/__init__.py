@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from overproof.run.api import train as train
     from overproof.run.execute import Run as Run
     from overproof.run.execute import resume as resume
+    from overproof.run.generating import generate as generate
     from overproof.run.guard_evaluation import evaluate_guarded as evaluate_guarded
     from overproof.run.guarding import fit_guards as fit_guards
     from overproof.run.guarding import load_guarded as load_guarded
@@ -69,6 +70,7 @@ _HOMES = {
     "report": ("write_report",),
     "run.api": ("distill", "load", "train"),
     "run.execute": ("Run", "resume"),
+    "run.generating": ("generate",),
     "run.guard_evaluation": ("evaluate_guarded",),
     "run.guarding": ("fit_guards", "load_guarded"),
     "run.predicting": ("predict",),
