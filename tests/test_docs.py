@@ -90,11 +90,17 @@ def test_explain_example(tmp_path: Path) -> None:
     assert (tmp_path / "runs/explanation.json").exists()
 
 
+def test_without_data_example(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs/without-data.md", "python")
+    names = "import copy\nmy_teacher = copy.deepcopy(my_student)\n"
+    run_python(SETTING + names + code + "\nassert grid.exists() and len(run.folder.metrics) == 1", tmp_path)
+
+
 def test_readme_commands_name_real_options() -> None:
     """Every command of the README is understood (shown by asking each for its help) and its options exist."""
     from overproof.cli import app
 
-    names = ("attacks", "guards", "purifier", "evolving-generators", "explain")
+    names = ("attacks", "guards", "purifier", "evolving-generators", "explain", "without-data", "who-paid")
     pages = ("README.md", *(f"docs/{name}.md" for name in names))
     text = "\n".join(block for page in pages for block in blocks(ROOT / page, "sh"))
     commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("overproof")]

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from overproof.run.evolving import evolve as evolve
     from overproof.run.execute import Run as Run
     from overproof.run.execute import resume as resume
+    from overproof.run.generating import generate as generate
     from overproof.run.grouping import group_report as group_report
     from overproof.run.guard_evaluation import evaluate_guarded as evaluate_guarded
     from overproof.run.guarding import fit_guards as fit_guards
@@ -79,6 +80,7 @@ _HOMES = {
     "run.api": ("distill", "load", "train"),
     "run.evolving": ("evolve",),
     "run.execute": ("Run", "resume"),
+    "run.generating": ("generate",),
     "run.guard_evaluation": ("evaluate_guarded",),
     "run.grouping": ("group_report",),
     "run.guarding": ("fit_guards", "load_guarded"),
