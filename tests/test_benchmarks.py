@@ -89,3 +89,15 @@ def test_guards_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert line["name"] == "guards"
     assert line["ratios"] == {"cache_3k_32": 0.5, "cache_memory_3k_32": 1.0}
     assert line["equal"] is True
+
+
+def test_evolution_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "evolution.py"))
+    for name, value in {"TURNS": 2, "WARM": 1, "CHECKED": 5}.items():
+        monkeypatch.setitem(module["main"].__globals__, name, value)
+    monkeypatch.setattr("sys.argv", ["evolution.py"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "evolution"
+    assert set(line["ratios"]) == {"cegan", "cegan_bare", "cegan_code", "straightforward"}
+    assert line["equal"] is True
