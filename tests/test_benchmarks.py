@@ -133,4 +133,15 @@ def test_generative_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["name"] == "generative"
     assert set(line["ratios"]) == {"dfad_exact", "dfad_fast"}
+
+
+def test_evolution_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runpy.run_path(str(ROOT / "benchmarks" / "evolution.py"))
+    for name, value in {"TURNS": 2, "WARM": 1, "CHECKED": 5}.items():
+        monkeypatch.setitem(module["main"].__globals__, name, value)
+    monkeypatch.setattr("sys.argv", ["evolution.py"])
+    module["main"]()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["name"] == "evolution"
+    assert set(line["ratios"]) == {"cegan", "cegan_bare", "cegan_code", "straightforward"}
     assert line["equal"] is True
