@@ -630,11 +630,12 @@ def test_the_detector_is_shown_what_the_purifier_leaves() -> None:
     assert torch.equal(measured.rejected, deployed.rejected)
 
 
-def test_a_detector_of_another_kind_is_refused_before_any_attack() -> None:
+def test_a_detector_of_another_kind_is_refused_before_any_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overproof.run.guard_evaluation.evaluate", lambda *given, **options: pytest.fail("attacked already"))
     model, images, labels = setting()
     guarded = Guarded(model, detector=Bright().fit(model, images, labels))
     with pytest.raises(UsageError, match="detector Bright"):
-        evaluate_guarded(guarded, (images.float(), labels), attacks=["no such attack"])
+        evaluate_guarded(guarded, (images.float(), labels), attacks=["pgd"])
 
 
 @pytest.mark.parametrize("kind", ["images", "loader"])
@@ -669,8 +670,8 @@ def test_a_limit_holds_for_streamed_sets(digits: Splits) -> None:
     model = create_model("cnn", 10, 1, 8).eval()
     cache = Cache(limit=50, mirror=False)
     _fit_cache(cache, model, splits, tune=False, given={})
-    assert len(cache) == 50
     source = cache.items.source
+    assert len(source) == 50
     assert torch.equal(source.sort().values, stratified_subset(splits.train.labels, 50, cache.seed))
     with pytest.raises(UsageError, match="cache.limit"):
         _fit_cache(Cache(centres=2), model, splits, tune=False, given={})
