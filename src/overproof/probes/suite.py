@@ -20,7 +20,6 @@ from overproof.probes.intervals import RESAMPLES
 from overproof.probes.lab import Lab
 from overproof.probes.store import Store
 
-
 FEW = 10  # names in a message
 
 

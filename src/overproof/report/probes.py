@@ -172,7 +172,9 @@ def attacked_images(arrays: Mapping[str, np.ndarray], classes: Sequence[str]) ->
     for i, (clean, attacked) in enumerate(zip(arrays[f"{prefix}clean"], arrays[f"{prefix}attacked"], strict=True)):
         change = attacked.astype(float) - clean.astype(float)
         shown = png(0.5 + change / max(2 * float(np.abs(change).max()), 1e-9))
-        found.append([(_word(classes, arrays[f"{prefix}labels"][i]), png(clean)), ("attacked", png(attacked)), ("change", shown)])
+        found.append(
+            [(_word(classes, arrays[f"{prefix}labels"][i]), png(clean)), ("attacked", png(attacked)), ("change", shown)]
+        )
     return found
 
 
