@@ -217,7 +217,7 @@ class DataFree(Objective):
         """A student that diverges, and a generator that has collapsed, with the quantity that says so."""
         found, relative, before = {}, means.get("relative discrepancy", 0.0), self._before
         share, diversity = means.get("fakes/largest class", 0.0), means.get("fakes/diversity", 1.0)
-        self._before = relative
+        self._before = means.get("relative discrepancy", before)
         if relative > max(LOST, 0.97 * before):  # and no better than in the epoch before: a beginner gets better
             found["divergence"] = (
                 f"the student diverges: on the images that it learns from its logits are wrong by {relative:.2f} times the size of the "
