@@ -343,9 +343,12 @@ def test_what_is_said_about_the_images() -> None:
 def test_concerns_name_the_quantity() -> None:
     objective = game(small_model(0), small_model(1))
     fine = {"relative discrepancy": 0.4, "fakes/largest class": 0.4, "fakes/diversity": 0.8}
-    assert objective.concerns(fine) == {}
     assert objective.concerns({}) == {}
-    assert "1.70 times" in objective.concerns({**fine, "relative discrepancy": 1.7})["divergence"]
+    for value, known in ((0.95, False), (0.8, False), (0.5, False), (0.9, True), (0.88, True), (0.6, False)):
+        assert ("divergence" in objective.concerns({**fine, "relative discrepancy": value})) is known, value
+    assert "0.90 times" in objective.concerns({**fine, "relative discrepancy": 0.9})["divergence"]
+    assert "0.90 an epoch ago" in objective.concerns({**fine, "relative discrepancy": 0.95})["divergence"]
+    assert objective.concerns(fine) == {}
     assert "in 97% of its images" in objective.concerns({**fine, "fakes/largest class": 0.97})["collapse"]
     assert "by 2.0% of all" in objective.concerns({**fine, "fakes/diversity": 0.02})["collapse"]
 

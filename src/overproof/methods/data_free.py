@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ from overproof.methods.objective import Objective
 from overproof.models.generators import Generator
 from overproof.networks import frozen, in_mode
 from overproof.types import Batch, Output, Progress
+
+
+LOST = 0.7  # relative discrepancy of a student that does not follow
 
 
 class DataFree(Objective):
@@ -57,6 +61,7 @@ class DataFree(Objective):
         self._copy: tuple[torch.device, torch.dtype, nn.Module] | None = None  # in a tuple it is no submodule
         self._tap: tuple[Tap] | None = None
         self._ahead: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = None
+        self._before = math.inf  # relative discrepancy of the epoch before
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -210,12 +215,13 @@ class DataFree(Objective):
 
     def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
         """A student that diverges, and a generator that has collapsed, with the quantity that says so."""
-        found, relative = {}, means.get("relative discrepancy", 0.0)
+        found, relative, before = {}, means.get("relative discrepancy", 0.0), self._before
         share, diversity = means.get("fakes/largest class", 0.0), means.get("fakes/diversity", 1.0)
-        if relative > 1:
+        self._before = means.get("relative discrepancy", before)
+        if relative > max(LOST, 0.97 * before):  # and no better than in the epoch before: a beginner gets better
             found["divergence"] = (
-                f"the student diverges: on the generator's images its logits are wrong by {relative:.2f} times the size of the teacher's "
-                "(1 is what constant answers would reach). Take more student_steps, or a smaller train.lr or generator_lr."
+                f"the student diverges: on the images that it learns from its logits are wrong by {relative:.2f} times the size of the "
+                f"teacher's ({before:.2f} an epoch ago; constant answers reach 1). Take more student_steps, or a smaller train.lr or generator_lr."
             )
         if share > 0.9 or diversity < 0.05:
             found["collapse"] = (
