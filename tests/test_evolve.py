@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -155,6 +156,14 @@ def test_inception_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
         generative.frechet(torch.rand(4, 1, 4, 4), torch.rand(4, 1, 4, 4))
     with pytest.raises(UsageError, match="pip install torch-fidelity"):
         generative.inception_score(torch.rand(4, 1, 4, 4))
+
+
+def test_missing_inception_is_said_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "torch_fidelity" else find(name, *rest))
+    with pytest.raises(UsageError, match="A Fréchet distance with Inception features needs torch-fidelity"):
+        overproof.evolve((torch.rand(60, 1, 8, 8), torch.arange(60) % 3), out="r", features="inception", **SMALL)
+    assert not Path("r").exists()
 
 
 # ---- runs

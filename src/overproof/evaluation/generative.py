@@ -170,7 +170,7 @@ def inception_score(samples: Tensor, classifier: nn.Module | None = None, *, see
 
 
 def need_inception(what: str) -> None:
-    """Say what is missing for figures with Inception features.
+    """Refuse what needs Inception where its library is missing.
 
     Raises:
         UsageError: torch-fidelity is not installed.

@@ -82,7 +82,8 @@ class Species:
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.coupled = coupled(network)
-        self.dense = isinstance(network, nn.Sequential) and all(_is_dense(layer) for layer in network)
+        layers = list(network.children())
+        self.dense = isinstance(network, nn.Sequential) and len(layers) == len(network) and all(map(_is_dense, layers))
 
     def individual(self, network: nn.Module) -> Individual:
         """`network` as an individual, with a fresh optimiser."""

@@ -171,7 +171,7 @@ def _scene(
         _Points(toy, settings.real, config.seed, device) if toy is not None else _reals(config, splits, settings.real, device)
     )
     if course.features == "inception":
-        need_inception("evolution.features=inception")
+        need_inception("A Fréchet distance")
     real = reals.some(course.test_samples)
     shape = tuple(real.shape[1:])
     if judge is None and config.judge is not None:
