@@ -47,8 +47,8 @@ def evolve(
     """Let a population of generators learn to make what `data` are, and keep the run.
 
     Args:
-        data: a registered name, 8-gaussians, 25-gaussians, swiss-roll, `Splits`, `ImageSet`, a Dataset of (image, label), a pair of tensors, or images
-            (N, C, H, W) in [0, 1].
+        data: a registered name, 8-gaussians, 25-gaussians, swiss-roll, `Splits`, `ImageSet`, a Dataset of (image, label), a pair of
+            tensors, or images (N, C, H, W) in [0, 1].
         name: cegan, egan, iegan, gan.
         judge: a classifier of such images, or its run folder: what classes do the samples show?
         out: run folder; the next free `runs/NAME-n` if None.
