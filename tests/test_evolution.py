@@ -159,6 +159,18 @@ def test_an_individual_is_its_network(norm: bool) -> None:
     torch.testing.assert_close(species.network.eval()(z), other.eval()(z), atol=1e-15, rtol=1e-14)
 
 
+@pytest.mark.parametrize("head", [(), (nn.Tanh(), nn.Unflatten(1, (1, 2)))])
+def test_stacked_children_are_what_each_gives_alone(head: tuple[nn.Module, ...]) -> None:
+    networks = [nn.Sequential(*generator(seed), *head) for seed in range(3)]
+    species, z = Species(networks[0], Adam()), noise(7)
+    assert species.dense
+    some = [species.individual(network) for network in networks]
+    for network, found in zip(networks, species.all_images(some, z), strict=True):
+        torch.testing.assert_close(found.images, network(z).detach(), atol=1e-14, rtol=1e-12)
+    assert not Species(generator(norm=True), Adam()).dense
+    assert not Species(nn.Sequential(nn.Linear(3, 2, bias=False)), Adam()).dense
+
+
 def test_coupling_is_seen() -> None:
     assert not coupled(critic())
     assert coupled(critic(norm=True))

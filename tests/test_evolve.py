@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -149,12 +150,24 @@ def test_inception_score_is_the_number_of_classes_where_all_are_sure_and_equal()
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def without_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "torch_fidelity" else find(name, *rest))
+
+
 def test_inception_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    without_torch_fidelity(monkeypatch)
     with pytest.raises(UsageError, match="pip install torch-fidelity"):
         generative.frechet(torch.rand(4, 1, 4, 4), torch.rand(4, 1, 4, 4))
     with pytest.raises(UsageError, match="pip install torch-fidelity"):
         generative.inception_score(torch.rand(4, 1, 4, 4))
+
+
+def test_missing_inception_is_said_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_torch_fidelity(monkeypatch)
+    with pytest.raises(UsageError, match="A Fréchet distance with Inception features needs torch-fidelity"):
+        overproof.evolve((torch.rand(60, 1, 8, 8), torch.arange(60) % 3), out="r", features="inception", **SMALL)
+    assert not Path("r").exists()
 
 
 # ---- runs

@@ -132,7 +132,7 @@ def frechet(real: Tensor, samples: Tensor, classifier: nn.Module | None = None) 
     if classifier is not None:
         metric = FrechetInceptionDistance(_Features(classifier, real[:2]))
     else:
-        _need_inception("FID")
+        need_inception("FID")
         metric = FrechetInceptionDistance(normalize=True)
     for images, is_real in ((real, True), (samples, False)):
         for part in torch.split(images, CHUNK):
@@ -162,14 +162,19 @@ def inception_score(samples: Tensor, classifier: nn.Module | None = None, *, see
         if classifier is not None:
             metric = InceptionScore(_Logits(classifier), **how)
         else:
-            _need_inception("IS")
+            need_inception("IS")
             metric = InceptionScore(normalize=True, **how)
         for part in torch.split(samples, CHUNK):
             metric.update(part if classifier is not None else _colour(part))
         return float(metric.compute()[0])
 
 
-def _need_inception(what: str) -> None:
+def need_inception(what: str) -> None:
+    """Refuse what needs Inception where its library is missing.
+
+    Raises:
+        UsageError: torch-fidelity is not installed.
+    """
     if importlib.util.find_spec("torch_fidelity") is None:
         raise UsageError(
             f"{what} with Inception features needs torch-fidelity: pip install torch-fidelity (it fetches the weights). Or compare the "

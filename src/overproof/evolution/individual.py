@@ -82,6 +82,8 @@ class Species:
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.coupled = coupled(network)
+        layers = list(network.children())
+        self.dense = isinstance(network, nn.Sequential) and len(layers) == len(network) and all(map(_is_dense, layers))
 
     def individual(self, network: nn.Module) -> Individual:
         """`network` as an individual, with a fresh optimiser."""
@@ -105,6 +107,22 @@ class Species:
         """The individual with its images of the noise."""
         made, buffers = self.run(self.leaves(individual), individual.buffers, noise)
         return replace(individual, images=made, buffers=buffers)
+
+    @torch.no_grad()
+    def all_images(self, individuals: Sequence[Individual], noise: Tensor) -> list[Individual]:
+        """The individuals with their images of the same noise: in one go where small matrices would cost more to call than to multiply."""
+        if len(individuals) < 2 or not self.dense:
+            return [self.images(individual, noise) for individual in individuals]
+        count, weights = len(individuals), torch.stack([individual.weights for individual in individuals])
+        parts = iter(zip(torch.split(weights, self.sizes, dim=1), self.shapes, strict=True))
+        made = noise.expand(count, *noise.shape)
+        for layer in self.network.children():
+            if isinstance(layer, nn.Linear):
+                (matrices, shape), (biases, _) = next(parts), next(parts)
+                made = torch.baddbmm(biases[:, None], made, matrices.view(count, *shape).mT)
+            else:
+                made = layer(made.flatten(0, 1)).unflatten(0, (count, len(noise)))
+        return [replace(individual, images=images) for individual, images in zip(individuals, made, strict=True)]
 
     def children(self, parent: Individual, gradients: Tensor, origins: Sequence[str], buffers: Buffers) -> list[Individual]:
         """One optimiser step from `parent` with each of the gradients (K, P)."""
@@ -133,3 +151,10 @@ def coupled(network: nn.Module) -> bool:
 def per_sample(factors: Tensor, like: Tensor) -> Tensor:
     """Factors (N,) in a shape that multiplies `like` (N, ...)."""
     return factors.view(-1, *[1] * (like.dim() - 1))
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    """Whether the layer is a matrix with a bias, or treats every image alone and has no weights."""
+    if isinstance(layer, nn.Linear):
+        return layer.bias is not None
+    return isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.Tanh | nn.Sigmoid | nn.Unflatten)

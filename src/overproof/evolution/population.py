@@ -118,16 +118,16 @@ class Evolution:
         for parent in self.population:
             small = self.draw(settings.batch_size, stream)
             mutated += mutate(self.species, parent, small, critic=self.critic, losses=settings.mutations, real=against)
-        mutated = fitness([self.species.images(child, noise) for child in mutated])
+        mutated = fitness(self.species.all_images(mutated, noise))
         crossed = [
             cross(self.species, first, second, noise, margin=settings.margin)
             for first, second in couples(mutated, settings.crosses)
         ]
-        crossed = fitness([self.species.images(child, fresh) for child in crossed])
+        crossed = fitness(self.species.all_images(crossed, fresh))
         pool = crossed if settings.candidates == "crossover" else mutated + crossed
         if settings.keep_parents:
             parents = [replace(parent, origin="parent") for parent in self.population]
-            pool = pool + fitness([self.species.images(parent, noise) for parent in parents])
+            pool = pool + fitness(self.species.all_images(parents, noise))
         return pool
 
     @torch.no_grad()

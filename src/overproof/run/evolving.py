@@ -16,6 +16,7 @@ from overproof.data import ImageSet, Splits, build_augment, make_loader
 from overproof.data.order import generator_for
 from overproof.data.toys import TOYS, Toy
 from overproof.errors import UsageError
+from overproof.evaluation.generative import need_inception
 from overproof.evolution.population import Evolution
 from overproof.folder import RunFolder, write_json, write_toml
 from overproof.models.generators import critic, make_generator, mlp_critic
@@ -46,8 +47,8 @@ def evolve(
     """Let a population of generators learn to make what `data` are, and keep the run.
 
     Args:
-        data: a registered name, 8-gaussians, 25-gaussians, swiss-roll, `Splits`, `ImageSet`, a Dataset of (image, label), or images
-            (N, C, H, W) in [0, 1].
+        data: a registered name, 8-gaussians, 25-gaussians, swiss-roll, `Splits`, `ImageSet`, a Dataset of (image, label), a pair of
+            tensors, or images (N, C, H, W) in [0, 1].
         name: cegan, egan, iegan, gan.
         judge: a classifier of such images, or its run folder: what classes do the samples show?
         out: run folder; the next free `runs/NAME-n` if None.
@@ -169,6 +170,8 @@ def _scene(
     reals = (
         _Points(toy, settings.real, config.seed, device) if toy is not None else _reals(config, splits, settings.real, device)
     )
+    if course.features == "inception":
+        need_inception("A Fréchet distance")
     real = reals.some(course.test_samples)
     shape = tuple(real.shape[1:])
     if judge is None and config.judge is not None:
@@ -225,7 +228,9 @@ def _try_judge(judge: nn.Module, images: Tensor) -> None:
 
 
 def _images(data: Any) -> Any:
-    """Images without labels become a set with a single label."""
+    """Images without labels become a set with a single label, and a pair of tensors a set."""
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        return ImageSet(*data)
     if isinstance(data, Tensor):
         return ImageSet(data, torch.zeros(len(data), dtype=torch.long), classes=1)
     return data
