@@ -84,7 +84,7 @@ def test_all_probes_of_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> N
         "Same answer to both views: crop",
     ):
         assert words in page, words
-    assert page.count('alt="teacher"') == 6
+    assert page.count('alt="teacher"') == page.count('alt="kd"') == 6
     assert 1 <= page.count('alt="attacked"') <= 6
     text = explanation_text(found)
     assert "60 test images of digits+rgb" in text

@@ -196,5 +196,6 @@ def _role(name: str) -> int:
 
 
 def _short(name: str) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in name)
-    return text if len(text) <= 22 else text[:21] + "…"
+    own = name.partition(":")[2] or name  # the role is told by place and colour
+    text = "".join(c if c.isprintable() else "?" for c in own)
+    return text if len(text) <= 20 else text[:19] + "…"
