@@ -20,7 +20,6 @@ from overproof.models.generators import Generator
 from overproof.networks import frozen, in_mode
 from overproof.types import Batch, Output, Progress
 
-
 LOST = 0.7  # relative discrepancy of a student that does not follow
 
 
