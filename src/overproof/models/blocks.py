@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Builder = Callable[..., nn.Module]
@@ -29,6 +31,29 @@ def conv3x3(inputs: int, outputs: int, *, stride: int = 1, groups: int = 1) -> n
 def conv1x1(inputs: int, outputs: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """A 1x1 convolution without bias."""
     return nn.Conv2d(inputs, outputs, 1, stride=stride, groups=groups, bias=False)
+
+
+class Doubling(nn.Conv2d):
+    """Each pixel becomes four, then a 3x3 convolution: as one transposed convolution, 4 products for an output pixel instead of 9.
+
+    Among the nine taps of an output pixel are four different pixels at most, so that taps may be added up first:
+    K = A w A^T with rows of A for (w_2), (w_1 + w_2), (w_0 + w_1), (w_0). Zeros beyond the border mean the same on both sides.
+
+    Args:
+        inputs, outputs: channels.
+    """
+
+    taps: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        rows = [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+        self.register_buffer("taps", torch.tensor(rows), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (N, C, H, W) -> (N, C', 2 H, 2 W)."""
+        kernel = torch.einsum("ka,oiab,lb->iokl", self.taps, self.weight, self.taps)
+        return F.conv_transpose2d(input, kernel, self.bias, stride=2, padding=1)
 
 
 def global_average(maps: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from overproof.errors import UnknownNameError, UsageError
+from overproof.models.blocks import Doubling
 
 Law = Literal["normal", "uniform"]
 Head = Literal["batchnorm", "tanh", "sigmoid"]
@@ -100,7 +102,15 @@ def make_generator(
         if option not in known:
             raise UnknownNameError(f"option of generator {name!r}:", option, known)
     net = build(latent, tuple(shape), **options)
-    spec = {"name": name, "latent": latent, "shape": list(shape), "law": law, "shift": shift, "scale": scale, "options": options}
+    spec = {
+        "name": name,
+        "latent": latent,
+        "shape": list(shape),
+        "law": law,
+        "shift": shift,
+        "scale": scale,
+        "options": options,
+    }
     plain: dict[str, Any] = json.loads(json.dumps(spec))
     return Generator(net, latent=latent, shape=shape, law=law, shift=shift, scale=scale, spec=plain)
 
@@ -122,8 +132,7 @@ def upsampling(latent: int, shape: Shape, *, width: int = 64, head: Head = "batc
         nn.BatchNorm2d(wide),
     ]
     for inputs, outputs in ((wide, wide), (wide, width)):
-        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]
-        layers.append(nn.LeakyReLU(0.2))
+        layers += [Doubling(inputs, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1), *_head(head, channels))
 
 
@@ -137,7 +146,7 @@ def dcgan(latent: int, shape: Shape, *, width: int = 64, head: Head = "tanh") ->
         nn.Unflatten(1, (widths[0], rows, columns)),
         nn.BatchNorm2d(widths[0]),
     ]
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
     return small_weights(nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1), *_head(head, channels)))
 
@@ -147,7 +156,7 @@ def transposed(latent: int, shape: Shape, *, width: int = 128, head: Head = "tan
     channels, side, doublings = _doublings(shape, "transposed")
     widths = [width * 2**i for i in reversed(range(doublings))]
     layers: list[nn.Module] = [nn.Unflatten(1, (latent, 1, 1)), nn.ConvTranspose2d(latent, widths[0], side), nn.ReLU()]
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1), nn.ReLU()]
     return small_weights(nn.Sequential(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1), *_head(head, channels)))
 
@@ -176,9 +185,7 @@ def mlp_critic(shape: Shape, *, width: int = 512, depth: int = 3) -> nn.Sequenti
     return nn.Sequential(nn.Flatten(), *_dense(inputs, width, depth), nn.Linear(width, 1), nn.Flatten(0))
 
 
-GENERATORS: dict[str, Callable[..., nn.Sequential]] = {
-    build.__name__: build for build in (upsampling, dcgan, transposed, mlp)
-}
+GENERATORS: dict[str, Callable[..., nn.Sequential]] = {build.__name__: build for build in (upsampling, dcgan, transposed, mlp)}
 
 
 def small_weights(network: nn.Sequential) -> nn.Sequential:
@@ -218,7 +225,9 @@ def _image(shape: Shape, name: str, *, divisor: int) -> tuple[int, int, int]:
 def _doublings(shape: Shape, name: str) -> tuple[int, int, int]:
     """Channels, the side to begin with (3 to 7 for common sizes), and how often it doubles."""
     if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 2 or shape[1] < 4:
-        raise UsageError(f"{name!r} is for square images of even size, at least 4, not {tuple(shape)} (channels, height, width).")
+        raise UsageError(
+            f"{name!r} is for square images of even size, at least 4, not {tuple(shape)} (channels, height, width)."
+        )
     side, times = shape[1], 0
     while side % 2 == 0 and (side > 4 or not times):
         side, times = side // 2, times + 1

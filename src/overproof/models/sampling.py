@@ -28,7 +28,9 @@ def sample(generator: Generator, count: int, *, seed: int = 0) -> Tensor:
         UsageError: fewer than one image, or a generator whose samples are no images.
     """
     if count < 1 or len(generator.shape) != 3:
-        raise UsageError(f"{count} samples of shape {generator.shape} were asked for: give at least 1, of a generator of images.")
+        raise UsageError(
+            f"{count} samples of shape {generator.shape} were asked for: give at least 1, of a generator of images."
+        )
     stream = torch.Generator().manual_seed(seed)
     with in_mode(generator), torch.no_grad():
         # Always whole chunks of noise: fewer numbers would be drawn in another way.
@@ -92,7 +94,9 @@ def load_generator(run: str | Path, name: str = "generator") -> Generator:
     run = Path(run)
     path = run / "weights" / f"{name}.safetensors"
     if not path.exists():
-        raise FolderError(f"{run} holds no generator ({path} does not exist): name a run of a method that trains one, such as dfad.")
+        raise FolderError(
+            f"{run} holds no generator ({path} does not exist): name a run of a method that trains one, such as dfad."
+        )
     generator = rebuild_generator(read_json(run / f"{name}.json"))
     fill(generator, read_state(path), path)
     return generator.eval()
