@@ -455,3 +455,30 @@ def test_the_page_on_it_runs(tmp_path: Path) -> None:
     assert len(commands) >= 10
     for _, *words in commands:
         app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_another_threat_is_said(tmp_path: Path) -> None:
+    taught = folder(tmp_path / "taught", TAUGHT, method="ard")
+    alone = folder(tmp_path / "alone", ALONE, method="pgd-at", teacher=None)
+    (student, other), _ = read_runs([taught, alone]), None
+    found = alone_for(student, [other])
+    assert found is not None
+    assert found.differs == []
+    for path, eps in ((taught, 0.1), (alone, "2/255")):
+        config = RunFolder(path).config
+        write_toml(path / "config.toml", {**config, "method": {**config["method"], "eps": eps}})
+    student, other = read_runs([taught, alone])
+    found = alone_for(student, [other])
+    assert found is not None
+    assert found.differs == ["method.eps"]
+
+
+def test_students_of_different_teachers_share_no_reliability(tmp_path: Path) -> None:
+    first = folder(tmp_path / "a" / "taught", TAUGHT, reliability=[0.9, 0.1, 0.5])
+    second = folder(tmp_path / "b" / "student", ALONE, reliability=[0.2, 0.2, 0.2])
+    assert group_report([first]).summary["reliability"] == pytest.approx([0.9, 0.1, 0.5])
+    both = group_report([first, second]).summary
+    assert both["reliability"] is None
+    assert any("different teachers" in note for note in both["notes"])
+    names = [model["name"] for model in both["models"] if model["role"] == "teacher"]
+    assert len({*names}) == 2

@@ -12,12 +12,14 @@ from overproof.errors import DataError, OverproofError
 from overproof.evaluation.groups import By, Record
 from overproof.folder import RunFolder
 from overproof.methods import METHODS
+from overproof.registry import convert
 from overproof.report.reading import Run
 from overproof.report.values import items, number, table
 
 NEIGHBOURS = 500  # folders beside a run that are looked into
 # What changes how long training takes, and not what comes of it.
 WITHOUT_EFFECT = {"train.cache_teacher", "train.workers", "train.checkpoint_seconds", "train.loggers", "train.channels_last"}
+THREAT = ("norm", "eps", "steps", "step_size")
 OF_DATA = {"data.attribute", "data.attribute_file", "data.root"}
 
 
@@ -60,7 +62,25 @@ def _match(run: Run, other: Run) -> Match | None:
         return None
     pairs = [(_flat(part.section("train"), "train") | _flat(part.section("data"), "data")) for part in (run, other)]
     keys = sorted(pairs[0].keys() | pairs[1].keys())
-    return Match(other, [k for k in keys if k not in WITHOUT_EFFECT | OF_DATA and pairs[0].get(k) != pairs[1].get(k)])
+    differs = [key for key in keys if key not in WITHOUT_EFFECT | OF_DATA and pairs[0].get(key) != pairs[1].get(key)]
+    threats = [_threat(part) for part in (run, other)]
+    return Match(other, differs + [key for key in threats[0] if key in threats[1] and threats[0][key] != threats[1][key]])
+
+
+def _threat(run: Run) -> dict[str, Any]:
+    """What a robust method trains against, as far as its options tell."""
+    method = run.section("method")
+    name = str(method.get("name"))
+    known = METHODS.get(name).options() if name in METHODS else {}
+    given = {key: method.get(key, known[key].default) for key in THREAT if key in known}
+    return {f"method.{key}": convert(value, float, key) if key == "eps" else value for key, value in given.items()}
+
+
+def teacher_of(run: Run) -> str:
+    """The run's teacher, the same for the seeds of one experiment."""
+    about = run.section("teacher")
+    place = str(about.get("run") or "")
+    return "/".join("seed" if part.startswith("seed-") else part for part in Path(place).parts) or str(about.get("name"))
 
 
 def is_robust(run: Run) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from overproof.errors import OverproofError
 from overproof.evaluation.grouping import group_figures
 from overproof.evaluation.groups import By, Change, Figures, GroupReport, Model
-from overproof.report.alone import Match, alone_for, group_names, is_distilled, record_of
+from overproof.report.alone import Match, alone_for, group_names, is_distilled, record_of, teacher_of
 from overproof.report.charts import Chart, short
 from overproof.report.drawing import INK, PALETTE, draw
 from overproof.report.reading import Run
@@ -94,7 +94,12 @@ def train_counts(run: Run, by: By) -> list[int] | None:
 
 
 def reliability_of(runs: Sequence[Run], by: By) -> dict[str, Any]:
-    """How reliable the teacher is about each group, where a method has measured it: the mean over the runs, and how it was measured."""
+    """How reliable the teacher is about each group, where a method has measured it: the mean over the runs, and how it was measured.
+
+    Of runs with different teachers nothing is told: no one vector is that of all.
+    """
+    if len({teacher_of(run) for run in runs}) > 1:
+        return {}
     size = len(group_names(runs[0], by=by))
     told = [run.method for run in runs if run.method.get("group") == by]
     found = [(method, [number(g) for g in items(method.get("reliability"))][:size]) for method in told]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from overproof.evaluation.groups import By, GroupReport, Model, Record
 from overproof.folder import RunFolder
 from overproof.losses.group_reliability import estimate_reliability, shrunk
 from overproof.models.weights import load_model
-from overproof.report.alone import Match, alone_for, group_names, is_distilled, record_of
+from overproof.report.alone import Match, alone_for, group_names, is_distilled, record_of, teacher_of
 from overproof.report.payers import REMEDY, caveats, grouping_name, reliability_of, seed_of, train_counts
 from overproof.report.reading import Run, read_runs
 from overproof.report.seeds import group_by_seed
@@ -69,9 +70,12 @@ def group_report(
     lonely = [run.name for run in students if matches[run.name] is None]
     if lonely:
         notes.append(f"No student trained alone was found for: {', '.join(lonely)}.")
+    notes = notes if any(matches.values()) else [REMEDY]
     first = students[0]
     facts: dict[str, Any] = reliability_of(students, by)
-    if reliability and not facts:
+    if len({teacher_of(run) for run in students}) > 1:
+        notes.append("These students had different teachers, so no reliability is shown: ask about them one teacher at a time.")
+    elif reliability and not facts:
         facts = _measured(first, by, trusted)
     return group_figures(
         models,
@@ -79,7 +83,7 @@ def group_report(
         by=grouping_name(first, by),
         worst=worst,
         train=train_counts(first, by),
-        notes=notes if any(matches.values()) else [REMEDY],
+        notes=notes,
         **facts,
     )
 
@@ -108,9 +112,13 @@ def _models(students: Sequence[Run], matches: dict[str, Match | None], by: By, e
         taught.append(Model(str(group["name"]), "student", records, name))
         label, theirs = _teachers(members, records, evaluation, by)
         if theirs:
-            teachers.setdefault(label, Model(label, "teacher", theirs))
+            teachers.setdefault(teacher_of(members[0]), Model(label, "teacher", theirs))
     lonely.pop("", None)
-    return [*teachers.values(), *(Model(name, "alone", records) for name, records in lonely.items()), *taught]
+    labels = [model.name for model in teachers.values()]
+    told = [  # of the same name by their folders
+        replace(model, name=place) if labels.count(model.name) > 1 else model for place, model in teachers.items()
+    ]
+    return [*told, *(Model(name, "alone", records) for name, records in lonely.items()), *taught]
 
 
 def _teachers(
