@@ -6,9 +6,10 @@ out or left out of it.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -116,13 +117,22 @@ def modify(images: Images, change: Modifier, *, part: str, read: Read) -> ImageS
         )
     name = f"{images.name}+{change}"
     if change.name != "mixed":
-        return ImageSet(
-            _changed(images.images, change, part, read), images.labels, classes=images.classes, name=name, index=images.index
-        )
+        changed = copy.copy(images)
+        changed.name, changed.images = name, _changed(images.images, change, part, read)
+        return changed
     each = [Modifier("rgb"), *map(Modifier.parse, change.argument.split(","))]
     shown = [_changed(images.images, one, part, read) for one in each]
     shown = [one.expand(-1, 3, -1, -1) for one in shown]
-    return ImageSet(torch.cat(shown), images.labels.repeat(len(each)), classes=images.classes, name=name)
+    return ImageSet(
+        torch.cat(shown),
+        images.labels.repeat(len(each)),
+        classes=images.classes,
+        name=name,
+        skipped=images.skipped,
+        attribute=images.attribute and replace(images.attribute, numbers=images.attribute.of(images.index).repeat(len(each))),
+        files=[images.files[row] for row in images.index.tolist()] * len(each) if images.files else (),
+        origin=images.origin.repeat(len(each)),
+    )
 
 
 def _changed(images: Tensor, change: Modifier, part: str, read: Read) -> Tensor:
