@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +41,17 @@ def test_names() -> None:
     assert split_name("folder:x+colorful") == ("folder:x+colorful", ())
     base, (change,) = split_name("digits+mixed:color,textured:parquet:d+e")
     assert (base, str(change)) == ("digits", "mixed:color,textured:parquet:d+e")
+
+
+def test_a_folder_with_a_plus_in_its_name_is_itself(tmp_path: Path) -> None:
+    top = f"folder:{tmp_path}/cats"
+    blur, noise = Modifier("blur"), Modifier("noise", "3")
+    assert split_name(f"{top}+blur+noise:3") == (top, (blur, noise))
+    (tmp_path / "cats+blur").mkdir()
+    assert split_name(f"{top}+blur") == (f"{top}+blur", ())
+    assert split_name(f"{top}+blur+noise:3") == (f"{top}+blur", (noise,))
+    assert split_name(f"{top}/+blur") == (f"{top}/", (blur,))
+    assert split_name(f"{top}+sketch") == (top, (Modifier("sketch"),))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +258,11 @@ def test_limits_of_a_mixed_set_choose_pictures() -> None:
 
 def test_subgroups_files_and_gaps_survive_every_change() -> None:
     images = ImageSet(
-        grey(), torch.arange(5), index=torch.tensor([6, 0, 2, 3, 4]), skipped=("gone.png",), files=[f"{i}.png" for i in range(7)]
+        grey(),
+        torch.arange(5),
+        index=torch.tensor([6, 0, 2, 3, 4]),
+        skipped=("gone.png",),
+        files=[f"{i}.png" for i in range(7)],
     ).with_attribute(Attribute("camera", ("a", "b"), torch.tensor([0, -1, 1, 0, 1, -1, 1])))
     for text, times in (("noise:2", 1), ("color", 1), ("mixed:inverted,sketch", 3)):
         found = modify(images, Modifier.parse(text), part="train", read=no_other)
