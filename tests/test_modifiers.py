@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from overproof.data import ImageSet, load_data
+from overproof.data import DATA, Attribute, ImageSet, load_data
 from overproof.data.corruptions import STRENGTHS, corrupted
 from overproof.data.domains import blotchy, coloured, edges, in_colour, inverted, sketch, textured
 from overproof.data.load import read_parts
@@ -18,6 +19,7 @@ from overproof.data.modifiers import MODIFIERS, Modifier, modify, split_name
 from overproof.data.steps import RandomCrop, cut
 from overproof.data.streams import StreamSet
 from overproof.errors import DataError, UnknownNameError, UsageError
+from overproof.registry import Entry
 
 
 def drawn(seed: int = 0) -> torch.Generator:
@@ -39,6 +41,17 @@ def test_names() -> None:
     assert split_name("folder:x+colorful") == ("folder:x+colorful", ())
     base, (change,) = split_name("digits+mixed:color,textured:parquet:d+e")
     assert (base, str(change)) == ("digits", "mixed:color,textured:parquet:d+e")
+
+
+def test_a_folder_with_a_plus_in_its_name_is_itself(tmp_path: Path) -> None:
+    top = f"folder:{tmp_path}/cats"
+    blur, noise = Modifier("blur"), Modifier("noise", "3")
+    assert split_name(f"{top}+blur+noise:3") == (top, (blur, noise))
+    (tmp_path / "cats+blur").mkdir()
+    assert split_name(f"{top}+blur") == (f"{top}+blur", ())
+    assert split_name(f"{top}+blur+noise:3") == (f"{top}+blur", (noise,))
+    assert split_name(f"{top}/+blur") == (f"{top}/", (blur,))
+    assert split_name(f"{top}+sketch") == (top, (Modifier("sketch"),))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +214,66 @@ def test_random_crop_cuts_windows() -> None:
     assert torch.equal(found[1], images[1, :, 2:5, 3:5])
     crop, _ = RandomCrop(0)(images, torch.zeros(2), drawn())
     assert torch.equal(crop, images)
+
+
+def apart(name: str, **how: object) -> dict[str, list[int]]:
+    """What the images of each part were made from; in no two parts the same, and each under all changes alike often."""
+    data = load_data(name, **how)
+    found = {part: getattr(data, part).origin.tolist() for part in ("train", "validation", "test")}
+    sets = [set(origin) for origin in found.values()]
+    assert len(set.union(*sets)) == sum(map(len, sets)), "a picture is on two sides"
+    for origin in found.values():
+        assert len({origin.count(one) for one in origin}) == 1
+    return found
+
+
+def test_no_picture_of_a_mixed_set_is_held_out_and_trained_on() -> None:
+    plain, mixed = apart("digits"), apart("digits+mixed:color,blobs")
+    assert mixed == {part: origin * 3 for part, origin in plain.items()}  # the same pictures as without a change
+    assert apart("digits+mixed:color+noise:1")["validation"] == plain["validation"] * 2
+    images = load_data("digits+mixed:color,blobs", validation=0.2)
+    indices = [getattr(images, part).index for part in ("train", "validation")]
+    assert len(torch.cat(indices).unique()) == 3 * 1347  # rows of tables stay apart all the same
+    assert apart("digits+mixed:color", long_tail=10)["train"] == apart("digits", long_tail=10)["train"] * 2
+    assert apart("digits+mixed:color", validation=0.5, validation_from="test")["test"]
+
+
+def test_a_mixed_set_without_a_test_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"train": read_parts("digits", None, {})["train"]}
+    monkeypatch.setitem(DATA._entries, "single", Entry("single", lambda: whole))
+    found = apart("single+mixed:color,sketch", test=0.2, validation=0.2)
+    assert found == {part: origin * 3 for part, origin in apart("single", test=0.2, validation=0.2).items()}
+
+
+def test_limits_of_a_mixed_set_choose_pictures() -> None:
+    found = load_data("digits+mixed:color,blobs", limit_train=301, limit_test=2)
+    assert (len(found.train), len(found.validation), len(found.test)) == (300, 2, 2)
+    assert torch.equal(found.train.origin, load_data("digits", limit_train=100).train.index.repeat(3))
+    assert len(load_data("digits", limit_train=301).train) == 301
+    with pytest.raises(UsageError, match="A subset of 0 images"):
+        load_data("digits+mixed:color", limit_train=0)
+    with pytest.raises(DataError, match="5 images, but 2 positions in `origin`"):
+        ImageSet(grey(), torch.arange(5), origin=torch.arange(2))
+
+
+def test_subgroups_files_and_gaps_survive_every_change() -> None:
+    images = ImageSet(
+        grey(),
+        torch.arange(5),
+        index=torch.tensor([6, 0, 2, 3, 4]),
+        skipped=("gone.png",),
+        files=[f"{i}.png" for i in range(7)],
+    ).with_attribute(Attribute("camera", ("a", "b"), torch.tensor([0, -1, 1, 0, 1, -1, 1])))
+    for text, times in (("noise:2", 1), ("color", 1), ("mixed:inverted,sketch", 3)):
+        found = modify(images, Modifier.parse(text), part="train", read=no_other)
+        assert found.groups.tolist() == [1, 0, 1, 0, 1] * times
+        assert found.attribute.name == "camera"
+        assert found.skipped == ("gone.png",)
+        assert [found.files[i] for i in found.index] == ["6.png", "0.png", "2.png", "3.png", "4.png"] * times
+        assert found.origin.tolist() == images.index.tolist() * times
+        assert found.subset([1, len(found) - 1]).groups.tolist() == [0, 1]
+    assert images.name == "images"  # the set itself stays as it was
+    assert images.channels == 1
 
 
 def test_a_run_is_trained_on_a_changed_set(tmp_path) -> None:

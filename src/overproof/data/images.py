@@ -29,6 +29,8 @@ class ImageSet:
         skipped: names of images of the source that could not be read and were left out.
         attribute: the subgroup of each image, by its position in the source set.
         files: name of each image's file, by the same; () if there are none.
+        origin: what each image was made from, as a position in the source set (N,): equal for images that show the same picture and
+            must not be held apart; `index` if None.
 
     Raises:
         DataError: an empty set, wrong shapes or types, pixels or labels out of range; names the row and the remedy.
@@ -45,6 +47,7 @@ class ImageSet:
         skipped: Iterable[str] = (),
         attribute: Attribute | None = None,
         files: Sequence[str] = (),
+        origin: Tensor | None = None,
     ) -> None:
         self.name = name
         self.images = check_images(images, name)
@@ -53,9 +56,11 @@ class ImageSet:
         self.classes = self.classes or class_names(int(self.labels.max()) + 1)
         self.index = torch.arange(len(images)) if index is None else index.long()
         self.labels, self.index = self.labels.to(self.images.device), self.index.to(self.images.device)
+        self.origin = self.index if origin is None else origin.long().to(self.images.device)
         self.skipped, self.attribute, self.files = tuple(skipped), attribute, tuple(files)
-        if len(self.index) != len(images):
-            raise DataError(f"{name}: {len(images)} images, but {len(self.index)} positions in `index`.")
+        for key, positions in (("index", self.index), ("origin", self.origin)):
+            if len(positions) != len(images):
+                raise DataError(f"{name}: {len(images)} images, but {len(positions)} positions in `{key}`.")
 
     def __repr__(self) -> str:
         return f"ImageSet({self.name!r}, {len(self)} images {self.shape}, {len(self.classes)} classes)"
@@ -82,8 +87,10 @@ class ImageSet:
     def subset(self, rows: Tensor | Sequence[int]) -> ImageSet:
         """The images at `rows`, in that order; `index` keeps their positions in the source set."""
         rows = torch.as_tensor(rows, dtype=torch.long)
-        images, labels, index = (part[rows.to(part.device)] for part in (self.images, self.labels, self.index))
-        about: dict[str, Any] = {"skipped": self.skipped, "attribute": self.attribute, "files": self.files}
+        images, labels, index, origin = (
+            part[rows.to(part.device)] for part in (self.images, self.labels, self.index, self.origin)
+        )
+        about: dict[str, Any] = {"origin": origin, "skipped": self.skipped, "attribute": self.attribute, "files": self.files}
         return ImageSet(images, labels, classes=self.classes, name=self.name, index=index, **about)
 
     @property
@@ -104,7 +111,8 @@ class ImageSet:
             return self
         moved = object.__new__(ImageSet)  # already checked: a second look would cost a pass over all pixels
         moved.__dict__.update(self.__dict__)
-        moved.images, moved.labels, moved.index = (p.to(device) for p in (self.images, self.labels, self.index))
+        for key in ("images", "labels", "index", "origin"):
+            setattr(moved, key, getattr(self, key).to(device))
         return moved
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

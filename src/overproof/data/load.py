@@ -5,10 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from overproof.data import DATA
 from overproof.data.attributes import with_side_file
 from overproof.data.modifiers import modified, split_name
-from overproof.data.splits import Images, Parts, Splits, long_tailed, stratified_split, stratified_subset
+from overproof.data.splits import (
+    Images,
+    Parts,
+    Splits,
+    long_tailed,
+    originals,
+    stratified_split,
+    stratified_subset,
+    with_copies,
+)
 from overproof.errors import DataError, UsageError
 
 From = Literal["train", "test"]
@@ -42,7 +53,8 @@ def load_data(
         seed: of what is held out and of the subsets.
         long_tail: thin the train part out, after that, so that the first class has so many times the images of the last; see
             `long_tailed`. Validation and test part stay as they are.
-        limit_train: train on no more images than this, the classes in proportion.
+        limit_train: train on no more images than this, the classes in proportion; "+mixed" shows fewer pictures then, each under all
+            changes.
         limit_test: no more images than this in validation and test part each.
         attribute: the subgroups of images: a column of a Parquet or Hub source, or of `attribute_file`.
         attribute_file: CSV file that knows them, see `with_side_file`.
@@ -102,7 +114,10 @@ def divided(
     limit_train: int | None = None,
     limit_test: int | None = None,
 ) -> Splits:
-    """The parts of a source divided further, as `load_data` says; `name` is what messages call it."""
+    """The parts of a source divided further, as `load_data` says; `name` is what messages call it.
+
+    Pictures are divided, not images: what was made from one picture stays together.
+    """
     train, given, judged = parts["train"], parts.get("validation"), parts.get("test")
     if judged is not None and test is not None:
         raise UsageError(f"{name} has its own test part of {len(judged)} images; leave out data.test={test:g}.")
@@ -116,7 +131,8 @@ def divided(
     elif validation and given is None:
         train, given = _held_out(train, validation, seed)
     if long_tail is not None:
-        train = train.subset(long_tailed(train.labels, long_tail, seed))
+        first = originals(train)
+        train = with_copies(train, first[long_tailed(train.labels[first], long_tail, seed)])
     return Splits(
         train=_limited(train, limit_train, seed),
         validation=_limited(given, limit_test, seed) if validation and given is not None else None,
@@ -125,11 +141,15 @@ def divided(
 
 
 def _held_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
-    kept, held = stratified_split(images.labels, fraction, seed)
-    return images.subset(kept), images.subset(held)
+    first = originals(images)
+    kept, held = stratified_split(images.labels[first], fraction, seed)
+    return with_copies(images, first[kept]), with_copies(images, first[held])
 
 
 def _limited(images: Images, count: int | None, seed: int) -> Images:
     if count is None or (len(images) <= count):
         return images
-    return images.subset(stratified_subset(images.labels, count, seed))
+    first = originals(images)
+    share = max(count * len(first) // len(images), min(count, 1))  # of nothing too, which is then refused
+    chosen = with_copies(images, first[stratified_subset(images.labels[first], share, seed)])
+    return chosen if len(chosen) <= count else chosen.subset(torch.arange(count))

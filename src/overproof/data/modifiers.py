@@ -6,10 +6,12 @@ out or left out of it.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
@@ -69,6 +71,11 @@ class Modifier:
                     raise UsageError(f"The change {text!r} mixes changes; mixed cannot be one of them.")
         return cls(name, argument)
 
+    @property
+    def copies(self) -> int:
+        """How often each picture is shown afterwards."""
+        return 2 + self.argument.count(",") if self.name == "mixed" else 1
+
     def __str__(self) -> str:
         return f"{self.name}:{self.argument}" if self.argument else self.name
 
@@ -76,15 +83,39 @@ class Modifier:
 def split_name(name: str) -> tuple[str, tuple[Modifier, ...]]:
     """The set that `name` begins with, and the changes that follow, each after a plus.
 
+    A folder that is there under a name with a plus is meant itself; "folder:cats/+blur" means cats, blurred, beside a folder cats+blur.
+
     Raises:
         UnknownNameError: what follows the plus of a known set is no change.
         UsageError: a change with a wrong argument.
     """
     base, *changes = _PLUS.split(name)
+    for taken in range(len(changes), 0, -1):  # a folder whose own name has a plus
+        longer = "+".join((base, *changes[:taken]))
+        place = _directory(longer)
+        if place is not None and place.is_dir():
+            base, changes = longer, changes[taken:]
+            break
     head, plus, rest = base.partition("+")
     if plus and head in DATA:
         raise UnknownNameError("change of a data set", rest.partition(":")[0], MODIFIERS)
     return base, tuple(Modifier.parse(change) for change in changes)
+
+
+def _directory(base: str) -> Path | None:
+    """The folder that a set is read from, if its name tells."""
+    kind, _, argument = base.partition(":")
+    told = argument and kind in DATA and DATA.get(kind).positional()[:1] == ("directory",)
+    return Path(argument).expanduser() if told else None
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two names are of one set, however it is changed and its folder written."""
+    first, second = split_name(one)[0], split_name(other)[0]
+    places = [_directory(base) for base in (first, second)]
+    if places[0] is None or places[1] is None or first.partition(":")[0] != second.partition(":")[0]:
+        return first == second
+    return places[0].resolve() == places[1].resolve()
 
 
 def modified(parts: Parts, changes: Iterable[Modifier], read: Read) -> Parts:
@@ -116,13 +147,22 @@ def modify(images: Images, change: Modifier, *, part: str, read: Read) -> ImageS
         )
     name = f"{images.name}+{change}"
     if change.name != "mixed":
-        return ImageSet(
-            _changed(images.images, change, part, read), images.labels, classes=images.classes, name=name, index=images.index
-        )
+        changed = copy.copy(images)
+        changed.name, changed.images = name, _changed(images.images, change, part, read)
+        return changed
     each = [Modifier("rgb"), *map(Modifier.parse, change.argument.split(","))]
     shown = [_changed(images.images, one, part, read) for one in each]
     shown = [one.expand(-1, 3, -1, -1) for one in shown]
-    return ImageSet(torch.cat(shown), images.labels.repeat(len(each)), classes=images.classes, name=name)
+    return ImageSet(
+        torch.cat(shown),
+        images.labels.repeat(len(each)),
+        classes=images.classes,
+        name=name,
+        skipped=images.skipped,
+        attribute=images.attribute and replace(images.attribute, numbers=images.attribute.of(images.index).repeat(len(each))),
+        files=[images.files[row] for row in images.index.tolist()] * len(each) if images.files else (),
+        origin=images.origin.repeat(len(each)),
+    )
 
 
 def _changed(images: Tensor, change: Modifier, part: str, read: Read) -> Tensor:

@@ -121,6 +121,24 @@ def stratified_subset(labels: Tensor, count: int, seed: int = 0) -> Tensor:
     return torch.cat(groups)[turn.argsort(stable=True)[:count]].sort().values
 
 
+def origins(images: Images) -> Tensor:
+    """What each image was made from, as a position in the source (N,)."""
+    return images.origin if isinstance(images, ImageSet) else images.index
+
+
+def originals(images: Images) -> Tensor:
+    """Rows, ascending, of the first image made from each picture: what a choice is made among, so that no picture is on both sides."""
+    kinds, which = torch.unique(origins(images), return_inverse=True)
+    rows = torch.arange(len(images), device=which.device)
+    return rows.new_full((len(kinds),), len(images)).scatter_reduce(0, which, rows, "amin").sort().values
+
+
+def with_copies(images: Images, rows: Tensor) -> Images:
+    """The images at `rows` and all others made from the same pictures, in the order of the set."""
+    made = origins(images)
+    return images.subset(torch.isin(made, made[rows]).nonzero().flatten())
+
+
 def long_tailed(labels: Tensor, ratio: float, seed: int = 0) -> Tensor:
     """Rows of a long-tailed subset, ascending: class c of K keeps floor(n_0 ratio^(-c / (K - 1))) images.
 

@@ -13,7 +13,7 @@ from overproof.evaluation.comparison import Comparison, compare
 from overproof.folder import RunFolder
 from overproof.models.weights import load_model
 from overproof.run.judging import part_of
-from overproof.run.prepare import USER, data_of
+from overproof.run.prepare import USER, data_of, with_data
 
 TRAINING_ONLY = (
     "augment",
@@ -66,7 +66,7 @@ def compare_runs(
 def _common(configs: list[RunConfig], folders: list[RunFolder], data: str | None) -> RunConfig:
     """The first run's configuration, with data on which both can be judged."""
     if data is not None:
-        return resolve({"data": {"name": data, "validation": configs[0].data.validation}})
+        return with_data(configs[0], data)
     tables = [{k: v for k, v in config.table()["data"].items() if k not in TRAINING_ONLY} for config in configs]
     if tables[0]["name"] == USER or tables[1]["name"] == USER:
         raise UsageError("A run was trained on data of a program; name a data set with --data, or use overproof.compare.")

@@ -12,7 +12,7 @@ from torch import nn
 
 from overproof import console
 from overproof.config import RunConfig, resolve
-from overproof.data.modifiers import MODIFIERS, split_name
+from overproof.data.modifiers import MODIFIERS
 from overproof.errors import UsageError
 from overproof.folder import RunFolder
 from overproof.models.weights import load_model
@@ -25,10 +25,9 @@ from overproof.probes.shape_bias import read_cues
 from overproof.probes.store import Store
 from overproof.probes.suite import Explanation, explain
 from overproof.run.judging import part_of
-from overproof.run.prepare import USER, data_of
+from overproof.run.prepare import USER, data_of, with_data
 
 HOME = "probes"  # in the teacher's folder
-OF_ANY = ("validation", "split_seed", "root")  # keys of [data] that have a meaning for every set
 GREY_DOMAINS, DOMAINS = ("color", "blobs", "inverted", "sketch"), ("inverted", "sketch")
 
 
@@ -122,27 +121,19 @@ def material_of(config: RunConfig, subject: Subject) -> Material:
     """
     if subject.data is None and config.data.name == USER:
         raise UsageError("The student was trained on data of a program; name a data set with --data, or use overproof.explain.")
-    config = config if subject.data is None else _with_data(config, subject.data)
+    config = config if subject.data is None else with_data(config, subject.data)
     splits = data_of(config)
     part = part_of(splits, subject.split, subject.limit)
     seen = Material.of(part)
     assert seen.index is not None
     names = _domains(seen) if subject.domains is None else [name for name in subject.domains if name != "none"]
-    domains = {name: part_of(data_of(_with_data(config, _full(config, name))), subject.split, subject.limit) for name in names}
+    domains = {name: part_of(data_of(with_data(config, _full(config, name))), subject.split, subject.limit) for name in names}
     groups = None if subject.groups is None else read_groups(subject.groups, seen.index, deprived=subject.deprived)
     if subject.deprived is not None and groups is None:
         raise UsageError(f"--deprived {subject.deprived!r} names a group of a file; give that file with --groups FILE.")
     shape = seen.images.shape[1:]
     cues = None if subject.cues is None else read_cues(subject.cues, splits.classes, channels=shape[0], side=shape[1])
     return Material.of(part, domains=domains, groups=groups, cues=cues)
-
-
-def _with_data(config: RunConfig, name: str) -> RunConfig:
-    """The configuration with another set, which has the options of the first if both are the same set differently changed."""
-    table = config.table()
-    same = split_name(name)[0] == split_name(config.data.name)[0]
-    own = {key: value for key, value in table["data"].items() if same or key in OF_ANY}
-    return resolve({**table, "data": {**own, "name": name}})
 
 
 def _full(config: RunConfig, name: str) -> str:
@@ -168,7 +159,7 @@ def resemblance(
         options: of the probe.
     """
     config = resolve(RunFolder(run).config)
-    images = data_of(_with_data(config, _full(config, data)) if data else config).test
+    images = data_of(with_data(config, _full(config, data)) if data else config).test
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {"teacher": load_model(other, which).to(device), "student": load_model(run, which).to(device)}
     lab, given = Lab(models, images), dict(options or {})

@@ -25,7 +25,7 @@ from overproof.guards.purifier_base import Purifier
 from overproof.guards.storage import HOME, describe_guards, load_guards, save_guard
 from overproof.models.weights import load_model
 from overproof.networks import device_of
-from overproof.run.prepare import USER, data_of
+from overproof.run.prepare import USER, data_of, with_data
 from overproof.run.purifying import fit_purifier
 
 SHOWN, NEIGHBOURS = 8, 5  # test images in the report, and neighbours of each
@@ -112,10 +112,7 @@ def guard_data(config: RunConfig, data: str | None, overrides: Sequence[str] = (
     Raises:
         UsageError: the run was made on data of a program, and no other set is named.
     """
-    table = config.table()
-    if data is not None:
-        table["data"] = {"name": data, "validation": config.data.validation}
-    config = resolve(table, overrides=overrides)
+    config = resolve(with_data(config, data).table(), overrides=overrides)
     if config.data.name == USER:
         raise UsageError(
             "This run was trained on data of a program. Name a data set with --data, or use the guards in Python: "

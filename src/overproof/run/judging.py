@@ -23,7 +23,7 @@ from overproof.methods.objective import Objective
 from overproof.models import create_model
 from overproof.models.weights import fill, fill_foreign, load_model, read_state
 from overproof.registry import convert
-from overproof.run.prepare import USER, UserData, data_of
+from overproof.run.prepare import USER, UserData, data_of, with_data
 from overproof.run.robust import watched
 
 SANITY = 64  # images of the sanity panel when training ends
@@ -108,14 +108,12 @@ def _measure(
     resume: Path | None = None,
     transfer_from: str | Path | None = None,
 ) -> Evaluation:
-    table = config.table()
-    if data is not None:
-        table["data"] = {"name": data, "validation": config.data.validation}
-    config = resolve(table, overrides=overrides)
+    config = resolve(with_data(config, data).table(), overrides=overrides)
     fisher = watched(config) if fisher is None else fisher
     chosen = part_of(data_of(config), split, limit)
     master = _teacher_of(config, teacher, use_own=data is None, trusted=trusted)
-    teacher = teacher or (config.teacher.run if config.teacher and master else None)
+    used = config.teacher if teacher is None and master is not None else None
+    teacher = teacher or (used.run if used else None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if transfer_from is not None:
         source = load_model(RunFolder(transfer_from).require().path, trusted=trusted).to(device)
@@ -141,6 +139,7 @@ def _measure(
         "limit": limit,
         "seed": seed,
         "teacher": str(teacher) if teacher else None,
+        **({"teacher_weights": used.which} if used and used.which != "best" else {}),
         **({"transfer_from": str(transfer_from)} if transfer_from is not None else {}),
         **({"fisher": True} if fisher else {}),
         "batch_size": config.evaluation.batch_size,
@@ -166,10 +165,10 @@ def _teacher_of(config: RunConfig, wanted: str | Path | None, *, use_own: bool, 
     if wanted is not None:
         return load_model(RunFolder(wanted).require().path, trusted=trusted)
     own = config.teacher.run if use_own and config.teacher is not None else None
-    if not own or not RunFolder(own).exists:
+    if config.teacher is None or not own or not RunFolder(own).exists:
         return None
     try:
-        return load_model(own, trusted=trusted)
+        return load_model(own, config.teacher.which, trusted=trusted)
     except OverproofError as error:
         console.note(f"note: no agreement with the teacher in {own}: {error}")
         return None

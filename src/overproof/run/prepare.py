@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from overproof.attacks.base import Attack, logits_of
-from overproof.config import DataConfig, ModelConfig, RunConfig
+from overproof.config import DataConfig, ModelConfig, RunConfig, resolve
 from overproof.data import DATA, NoImages, Splits, build_augment, load_data, load_extra, make_loader
-from overproof.data.modifiers import split_name
+from overproof.data.modifiers import same_source, split_name
 from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation.curves import check_curve
 from overproof.evaluation.evaluator import make_attacks
@@ -31,6 +31,7 @@ from overproof.run.transfer import named_by_run, transferred
 from overproof.run.without_data import check_without_data, data_free, imagined
 
 USER = "(yours)"  # stands in the configuration for a module or data set that came as an object
+OF_ANY = ("validation", "split_seed", "root")  # keys of [data] that have a meaning for every set
 ROLES = ("student", "teacher", "standard teacher")
 
 
@@ -183,6 +184,16 @@ def data_of(config: RunConfig) -> Splits:
     known = ("validation", "validation_from", "long_tail", "limit_train", "limit_test", "attribute", "attribute_file")
     how = {key: getattr(data, key) for key in known}
     return load_data(data.name, root=Path(data.root) if data.root else None, seed=data.split_seed, **how, **data.options)
+
+
+def with_data(config: RunConfig, name: str | None) -> RunConfig:
+    """The configuration with another set, if one is named; it is divided and read as the first if both are one set differently changed."""
+    if name is None:
+        return config
+    table = config.table()
+    same = same_source(name, config.data.name)
+    own = {key: value for key, value in table["data"].items() if same or key in OF_ANY}
+    return resolve({**table, "data": {**own, "name": name}})
 
 
 def _build(config: RunConfig, splits: Splits | UserData) -> nn.Module:

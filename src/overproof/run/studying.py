@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from overproof import console
 from overproof.config import DataConfig, RunConfig, resolve
 from overproof.data import Splits, make_loader
 from overproof.data.load import divided, read_parts
+from overproof.data.modifiers import same_source, split_name
+from overproof.data.splits import origins
 from overproof.errors import UsageError
 from overproof.folder import RunFolder
 from overproof.methods.ada_objective import AdaObjective
@@ -79,28 +83,40 @@ def held_out(part: AdaObjective, config: RunConfig, data: Splits | UserData) -> 
 
 
 def learned(config: RunConfig, data: Splits | UserData) -> int:
-    """How many of the validation images the teacher was trained on, as far as its run tells; 0 where nobody can know."""
+    """How many of the validation images the teacher was trained on, as far as its run tells; 0, and a note, where nobody can know."""
     if data.validation is data.train:
         known: Any = data.train
         return len(known) if hasattr(known, "__len__") else 1
     run = config.teacher.run if config.teacher is not None else None
-    if not run or config.data.name == USER or not RunFolder(run).exists or not isinstance(data, Splits):
-        return 0
+    if not run or not RunFolder(run).exists:
+        return _unknown("it comes without a run" if not run else f"its run {run} is not there")
+    if config.data.name == USER or not isinstance(data, Splits):
+        return _unknown("the images come from a program")
     ours, theirs = config.data, resolve(RunFolder(run).config).data
-    shares = [part.options.get("test") for part in (ours, theirs)]
-    if ours.name != theirs.name or (_split(ours) == _split(theirs) and shares[0] == shares[1]):
+    if not same_source(ours.name, theirs.name):
+        return _unknown(f"its run was made from {theirs.name}")
+    if _split(ours) == _split(theirs) and ours.options == theirs.options:
         return 0
+    # Changes move no image from one part to another, so the set itself tells what was made from what.
+    base, changes = split_name(theirs.name)
     root = Path(ours.root) if ours.root else None
-    parts = read_parts(ours.name, root, {key: value for key, value in ours.options.items() if key != "test"})
-    # Images of a part that the source itself holds out, or of its test part, nobody has trained on.
-    if ours.validation_from == "test" or "validation" in parts:
+    options = {key: value for key, value in theirs.options.items() if key != "test"}
+    parts = read_parts(split_name(ours.name)[0], root, options)
+    # Images of a part that the source itself holds out nobody has trained on.
+    if ("test" if ours.validation_from == "test" else "validation") in parts:
         return 0
+    limit = theirs.limit_train and max(theirs.limit_train // math.prod(change.copies for change in changes), 1)
     theirs_divided = divided(
-        theirs.name, parts, validation=theirs.validation, validation_from=theirs.validation_from, test=shares[1],
-        seed=theirs.split_seed, long_tail=theirs.long_tail, limit_train=theirs.limit_train,
+        base, parts, validation=theirs.validation, validation_from=theirs.validation_from, test=theirs.options.get("test"),
+        seed=theirs.split_seed, long_tail=theirs.long_tail, limit_train=limit,
     )  # fmt: skip
     assert data.validation is not None
-    return int(torch.isin(data.validation.index.cpu(), theirs_divided.train.index.cpu()).sum())
+    return int(torch.isin(origins(data.validation).cpu(), origins(theirs_divided.train).cpu()).sum())
+
+
+def _unknown(why: str) -> int:
+    console.note(f"note: nobody can tell whether the teacher has learned from the held-out images: {why}.")
+    return 0
 
 
 def _split(data: DataConfig) -> tuple[Any, ...]:
