@@ -166,6 +166,10 @@ def test_what_cannot_be_explained(runs: Path, tmp_path: Path, capsys: pytest.Cap
     )
     with pytest.raises(UsageError, match=r"'teacher' has 10 classes and 'independent:wide' has 4"):
         explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [wide]}, keep=False)
+    with pytest.raises(UsageError, match="kd has the teacher .*teacher, so it is no independent student"):
+        explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [runs / "alone-0", runs / "kd"]}, keep=False)
+    with pytest.raises(UsageError, match=r"'independent:alone-0' and 'independent:alone-0 \(2\)' have the same weights"):
+        explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [runs / "alone-0"] * 2}, keep=False)
     with pytest.raises(UsageError, match="trained on data of a program"):
         explain_runs(wide, [wide])
     with pytest.raises(UsageError, match="at least one student"):

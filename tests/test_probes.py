@@ -859,6 +859,9 @@ def test_models_that_cannot_be_compared(cast: dict[str, nn.Module], material: Ma
         Lab({"teacher": wide}, material)
     with pytest.raises(UnknownNameError, match="independent"):
         Lab({**cast, "independant": wide}, material)
+    with pytest.raises(UsageError, match="'independent:0' and 'independent:again' have the same weights"):
+        Lab({**cast, "independent:again": copy.deepcopy(cast["independent:0"])}, material)
+    Lab({**cast, "student:again": cast["student:a"]}, material)  # which fakes no control
     with pytest.raises(UsageError, match=r"'teacher' does not take images of shape \(1, 8, 8\)"):
         Lab({"teacher": nn.Linear(3, 3), "student": wide}, material)
     with pytest.raises(DataError, match="label 7"):
@@ -941,6 +944,22 @@ def test_noisy_labels() -> None:
     for options in ({"variance": -1.0}, {"temperature": 0.0}):
         with pytest.raises(UsageError, match="noisy-labels"):
             NoisyLabels(small_model(0), **options)
+
+
+def test_methods_as_parts_say_something_or_are_refused() -> None:
+    from overproof.methods import METHODS
+    from overproof.testing import small_batch
+    from overproof.types import Progress
+
+    def losses(*methods: str, **options: dict[str, Any]) -> dict[str, torch.Tensor]:
+        made = METHODS.create("composed", small_model(0), small_model(1), methods=methods, options=options)
+        return made(small_batch(), Progress()).losses
+
+    assert set(losses("kd", "noisy-labels")) - set(losses("kd")) == {"noisy-labels"}
+    with pytest.raises(UsageError, match="'ce' adds nothing but the cross-entropy"):
+        losses("kd", "ce")
+    with pytest.raises(UsageError, match="'nim-tune' gives its parameters optimiser options of their own"):
+        losses("kd", "nim-tune", **{"nim-tune": {"no_denoising": True}})
 
 
 def test_a_plain_regressor_is_a_convolution() -> None:

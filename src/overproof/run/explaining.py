@@ -106,6 +106,11 @@ def _named(by_role: Mapping[str, Sequence[str | Path]]) -> dict[str, RunFolder]:
     for role, runs in by_role.items():
         for run in runs:
             folder = RunFolder(run).require()
+            if role == "independent" and (taught := resolve(folder.config).teacher) is not None:
+                raise UsageError(
+                    f"{folder.path} has the teacher {taught.run or taught.name}, so it is no independent student: name runs without a teacher, "
+                    "or give it as --control."
+                )
             name, number = f"{role}:{folder.name}", 2
             while name in found:
                 name, number = f"{role}:{folder.name} ({number})", number + 1
