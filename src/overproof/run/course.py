@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from overproof.config import RunConfig
 from overproof.data import DATA, build_augment
+from overproof.data.modifiers import split_name
 from overproof.data.toys import TOYS
 from overproof.errors import UnknownNameError, UsageError
 from overproof.evolution import EVOLUTIONS
@@ -114,7 +115,7 @@ def checked_evolution(config: RunConfig) -> RunConfig:
             raise UsageError(
                 f"data.augment={config.data.augment} is for images, and {config.data.name} are points of the plane."
             )
-    elif config.data.name.partition(":")[0] not in DATA and not config.data.name.startswith("("):
+    elif split_name(config.data.name)[0].partition(":")[0] not in DATA and not config.data.name.startswith("("):
         raise UnknownNameError("data", config.data.name, {*DATA.names(), *TOYS})
     build_augment(config.data.augment, classes=2)
     if any(text.startswith(("mixup", "cutmix")) for text in config.data.augment):
