@@ -12,13 +12,14 @@ import torch
 
 import overproof
 from overproof.cli import call
+from overproof.config import resolve
 from overproof.errors import FolderError, UnknownNameError, UsageError
 from overproof.folder import read_arrays, read_json, write_arrays, write_json
 from overproof.report import write_report
 from overproof.report.explanation import explained, explanation_text, verdict
 from overproof.report.probes import robustness
 from overproof.report.reading import read_runs
-from overproof.run.explaining import Subject, explain_runs, resemblance
+from overproof.run.explaining import Subject, explain_runs, material_of, resemblance
 from overproof.run.recipes import read_recipe, run_recipe
 from overproof.run.reproduce import result_of
 
@@ -146,6 +147,27 @@ def test_other_roles_groups_and_skipped_probes(runs: Path, tmp_path: Path) -> No
     assert "'control:mlp'" in found["localisation"].skipped
     assert "plain:alone-1" in found["group-bias"].accuracy
     assert set(found.skipped) == {"localisation", "domains"}
+
+
+def test_groups_that_the_data_know(tmp_path: Path) -> None:
+    from PIL import Image
+
+    index = []
+    for label in ("a", "b"):
+        for i in range(8):
+            path = tmp_path / "data" / "train" / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 30 * i).save(path)
+            index.append(f"{label}/{i}.png,{'old' if i % 2 else 'new'}")
+    side = tmp_path / "cameras.csv"
+    side.write_text("file,camera\n" + "\n".join(index))
+    data = {"name": f"folder:{tmp_path / 'data'}", "attribute_file": str(side), "validation": 0.0, "test": 0.5}
+    config = resolve({"data": data})
+    seen = material_of(config, Subject(domains=["none"], deprived="old"))
+    assert seen.groups is not None
+    assert (seen.groups.names, seen.groups.deprived) == (("new", "old"), "old")
+    levels = (seen.images[:, 0, 0, 0] * 255 / 30).round().long()
+    assert torch.equal(seen.groups.numbers, levels % 2)  # as written down for each file
 
 
 def test_what_cannot_be_explained(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -301,9 +301,13 @@ def test_maps_of_unlike_size_and_empty_maps(material: Material, cast: dict[str, 
     found = Localisation().run({"teacher": cast["teacher"], "student:f": fine, "independent:0": blind}, material)
     empty = int((material.labels == 0).sum())
     assert empty > 0
-    assert f"{empty} of 24 images left out: a map of the true class is empty everywhere." in found.notes
+    assert f"{empty} of 24 images left out of one pair at least: a map of the true class is empty everywhere." in found.notes
     assert found.number is not None
     assert found.number.count == 24 - empty
+    beside = {"teacher": cast["teacher"], "student:f": fine, "independent:0": cast["independent:0"], "control:blind": blind}
+    alone = {name: model for name, model in beside.items() if name != "control:blind"}
+    told, without = (Localisation().measure(Lab(models, material)).notes for models in (beside, alone))
+    assert told == without != found.notes  # what is empty for a control alone is not left out of the headline
     assert found.pictures["cam/student:f"].shape == (6, 8, 8)
     assert found.pictures["images"].shape == (6, 1, 8, 8)
 
@@ -457,6 +461,15 @@ def test_agreement_counts_pairs() -> None:
     assert row.condition == "32"
     assert row.scores["student"].value == pytest.approx(float(expected))
     assert 0.2 < float(expected) < 0.95
+
+
+def test_shifts_by_equally_many_pixels_count_once(cast: dict[str, nn.Module], material: Material) -> None:
+    found = Shift().run(cast, material)
+    assert [row.condition for row in found.rows] == ["", "8"]
+    assert found.rows[0].scores == found.rows[1].scores
+    assert "On images of this size an earlier strength makes the same views, so left out: 16, 24, 32." in found.notes
+    large = Material(images(24, side=16), material.labels)  # 8: 1 pixel, 16: 1, 24: 2, 32: 2
+    assert [row.condition for row in Shift().run(cast, large).rows] == ["", "8", "24"]
 
 
 def test_grey_images_are_told_apart_from_coloured_ones(cast: dict[str, nn.Module], material: Material) -> None:
@@ -832,11 +845,11 @@ def test_what_is_kept_has_a_version_and_takes_up_no_more_than_its_room(tmp_path:
 
     monkeypatch.setattr("overproof.probes.store.ROOM", 10_000)
     assert put("huge", 2501) == set()
-    first, *others = [put(f"{i}", 2400) for i in range(4)]
+    first, *others = [put(f"{i}", 2400) for i in range(5)]
     assert all(len(names) == 1 for names in (first, *others))
-    assert kept() == set().union(*others)  # with their headers four are too many, and the oldest has gone
+    assert kept() == set().union(*others)  # five are too many, and the oldest has gone
     monkeypatch.setattr("overproof.probes.store.FORMAT", 2)
-    again = Store(tmp_path).tensor(("3",), lambda: torch.ones(1), lasting=True)
+    again = Store(tmp_path).tensor(("4",), lambda: torch.ones(1), lasting=True)
     assert again.tolist() == [1]
 
 

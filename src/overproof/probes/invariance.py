@@ -76,7 +76,7 @@ class Invariance(Probe):
             notes.append("Grey images have neither saturation nor hue: only brightness and contrast change.")
         merged = [f"{strength:g}" for strength in dict.fromkeys(self.strengths) if strength not in found]
         if merged:
-            notes.append(f"On images of this size strength {', '.join(merged)} is the that of an earlier one, and left out.")
+            notes.append(f"On images of this size an earlier strength makes the same views, so left out: {', '.join(merged)}.")
         return self.found(*rows, notes=tuple(notes))
 
     def _agreement(self, lab: Lab, strength: float) -> Mapping[str, Tensor]:
