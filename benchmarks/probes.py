@@ -153,7 +153,9 @@ def main() -> None:
     line = {"name": "probes", "ratios": {"suite": round(statistics.median(ratios), 4)}, "equal": equal}
     if options.save:
         about = f"All probes but the shape bias on {options.images} images, a convolutional teacher and four students of half its width: "
-        about += "everything once, against every student by itself, the distilled ones with an independent one to be compared with."
+        about += (
+            "everything once, against every student by itself, the distilled ones with an independent one to be compared with."
+        )
         spread = {"suite": round(statistics.stdev(ratios), 4) if len(ratios) > 1 else 0.0}
         facts = {"about": about, "spread": spread, "environment": {**environment("cpu"), "command": "", "platform": ""}}
         write_json(Path("results/bench-probes.json"), {**line, **facts})

@@ -158,7 +158,7 @@ def test_groups_that_the_data_know(tmp_path: Path) -> None:
             path = tmp_path / "data" / "train" / label / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (8, 8), 30 * i).save(path)
-            index.append(f"{label}/{i}.png,{'old' if i % 2 else 'new'}")
+            index.append(f"train/{label}/{i}.png,{'old' if i % 2 else 'new'}")
     side = tmp_path / "cameras.csv"
     side.write_text("file,camera\n" + "\n".join(index))
     data = {"name": f"folder:{tmp_path / 'data'}", "attribute_file": str(side), "validation": 0.0, "test": 0.5}

@@ -923,7 +923,9 @@ def test_material_that_does_not_fit_together() -> None:
     named = ImageSet(images(3), y[:3], classes=("a", "b", "c"))
     for classes in (("a", "c", "b"), ("a", "b"), ("0", "1", "2", "3")):
         other = ImageSet(images(3), y[:3].clamp(max=len(classes) - 1), classes=classes)
-        with pytest.raises(DataError, match=rf"domain 'there' has . classes \({', '.join(classes)}\), the images have 3 classes \(a, b, c\)"):
+        with pytest.raises(
+            DataError, match=rf"domain 'there' has . classes \({', '.join(classes)}\), the images have 3 classes \(a, b, c\)"
+        ):
             Material.of(named, domains={"there": other})
     for classes in (("0", "1"), ("a", "b", "c"), ("0", "1", "2")):  # of which the numbers alone are known
         Material.of(named, domains={"there": ImageSet(images(2), y[:2], classes=classes)})

@@ -67,7 +67,9 @@ class Whole(FeatureObjective):
         if self.inner.phases != ("train",):
             raise UsageError(f"The method {name!r} trains in the phases {self.inner.phases} and cannot be part of another one.")
         if type(self.inner).groups is not Objective.groups:
-            raise UsageError(f"The method {name!r} gives its parameters optimiser options of their own and cannot be part of another one.")
+            raise UsageError(
+                f"The method {name!r} gives its parameters optimiser options of their own and cannot be part of another one."
+            )
         self.called = name
 
     def compare(self, view: View, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -82,7 +84,9 @@ class Whole(FeatureObjective):
         self._logs = dict(output.logs or {})
         terms = {name: value for name, value in output.losses.items() if name != CE}
         if not terms:
-            raise UsageError(f"The method {self.called!r} adds nothing but the cross-entropy with the labels, which is counted once: leave it out.")
+            raise UsageError(
+                f"The method {self.called!r} adds nothing but the cross-entropy with the labels, which is counted once: leave it out."
+            )
         return terms
 
     def told(self) -> dict[str, Tensor]:

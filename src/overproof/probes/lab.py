@@ -170,7 +170,10 @@ class Lab:
                 raise UsageError(
                     f"{first!r} has {count} classes and {name!r} has {width}: probes compare what models of the same classes answer."
                 )
-        for place, labels in (("The data have", self.labels), *((f"The domain {d!r} has", y) for d, (_, y) in self.material.domains.items())):
+        for place, labels in (
+            ("The data have", self.labels),
+            *((f"The domain {d!r} has", y) for d, (_, y) in self.material.domains.items()),
+        ):
             top = int(labels.max())
             if top >= count:
                 raise DataError(f"{place} the label {top}, but the models only {count} classes (0 to {count - 1}).")

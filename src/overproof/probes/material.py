@@ -121,7 +121,10 @@ class Material:
                 raise DataError(
                     f"The domain {name!r} has {few(theirs)}, the images have {few(names)}. They must be the same, in the same order."
                 )
-        domains = {name: (_in_channels(pixels, images), y) for name, (pixels, y, _) in zip(others, map(_gathered, others.values()), strict=True)}
+        domains = {
+            name: (_in_channels(pixels, images), y)
+            for name, (pixels, y, _) in zip(others, map(_gathered, others.values()), strict=True)
+        }
         return cls(images, labels, index, classes=names, domains=domains, **more)
 
 

@@ -89,7 +89,9 @@ def robustness(found: Mapping[str, Any]) -> list[Chart]:
             kind, _, severity = str(row["condition"]).rpartition(" ")
             kinds.setdefault(kind, []).append((float(severity), table(row.get("scores"))))
     return [
-        _lines(sorted(at, key=lambda one: one[0]), f"Accuracy on spoilt images: {kind}", (f"severity of {kind}", "accuracy (%)"))
+        _lines(
+            sorted(at, key=lambda one: one[0]), f"Accuracy on spoilt images: {kind}", (f"severity of {kind}", "accuracy (%)")
+        )
         for kind, at in kinds.items()
         if len(at) > 1
     ]
