@@ -117,6 +117,21 @@ def test_probes_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert set(line["ratios"]) == {"suite"}
 
 
+def test_the_suite_of_probes_is_compared_by_maps_and_groups_too() -> None:
+    scores = runpy.run_path(str(ROOT / "benchmarks" / "probes.py"))["scores"]
+    number = {"value": 0.5}
+    found = {
+        "localisation": {"rows": [{"quantity": "map", "condition": "", "scores": {"student over independent": number}}]},
+        "group-bias": {"rows": [{"quantity": "accuracy", "condition": "a", "scores": {"student": number, "teacher": number}}]},
+        "boundary-similarity": {"rows": [{"quantity": "same", "condition": "", "scores": {"student": number}}]},
+    }
+    names = {"student": "student:a", "student over independent": "student:a over independent:0"}
+    assert scores(found, names) == {
+        ("localisation", "map", "", "student:a over independent:0"): 0.5,
+        ("group-bias", "accuracy", "a", "student:a"): 0.5,
+    }
+
+
 def test_generative_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = runpy.run_path(str(ROOT / "benchmarks" / "generative.py"))
     small = {

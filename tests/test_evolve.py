@@ -20,7 +20,7 @@ from overproof import console
 from overproof.cli import call
 from overproof.config import resolve
 from overproof.data.toys import TOYS, lattice, ring
-from overproof.errors import FolderError, NonFiniteLossError, UsageError
+from overproof.errors import FolderError, NonFiniteLossError, UnknownNameError, UsageError
 from overproof.evaluation import generative
 from overproof.folder import RunFolder
 from overproof.models.sampling import load_generator, sample
@@ -384,6 +384,10 @@ def test_defaults_of_the_plane_and_of_images() -> None:
     assert (settings.fitness, settings.lr, settings.gradient_penalty) == ("iegan", 2e-4, 10)
     filled = checked_evolution(resolve({"verb": "evolve"}))
     assert checked_evolution(resolve(filled.table())).table() == filled.table()
+    changed = checked_evolution(resolve({"verb": "evolve", "data": {"name": "digits+rgb"}}))
+    assert changed.data.name == "digits+rgb"
+    with pytest.raises(UnknownNameError, match="no-set"):
+        checked_evolution(resolve({"verb": "evolve", "data": {"name": "no-set+rgb"}}))
 
 
 def test_images_that_cannot_be_made_or_are_too_few() -> None:

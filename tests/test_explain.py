@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ import torch
 
 import overproof
 from overproof.cli import call
+from overproof.config import resolve
 from overproof.errors import FolderError, UnknownNameError, UsageError
 from overproof.folder import read_arrays, read_json, write_arrays, write_json
 from overproof.report import write_report
 from overproof.report.explanation import explained, explanation_text, verdict
+from overproof.report.probes import robustness
 from overproof.report.reading import read_runs
-from overproof.run.explaining import Subject, explain_runs, resemblance
+from overproof.run.explaining import Subject, explain_runs, material_of, resemblance
 from overproof.run.recipes import read_recipe, run_recipe
 from overproof.run.reproduce import result_of
 
@@ -27,7 +30,7 @@ BRIEF = [
     "--set",
     "decision-planes.side=8",
     "--set",
-    "corruptions.severities=[5]",
+    "corruptions.severities=[5,1]",
     "--set",
     "adversarial-transfer.eps=0.3",
     "--set",
@@ -82,6 +85,7 @@ def test_all_probes_of_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> N
         "Where they look",
         "shape-bias was skipped",
         "Same answer to both views: crop",
+        *(f"Accuracy on spoilt images: {kind}" for kind in ("noise", "blur", "contrast", "jpeg")),
     ):
         assert words in page, words
     assert page.count('alt="teacher"') == page.count('alt="kd"') == 6
@@ -145,6 +149,27 @@ def test_other_roles_groups_and_skipped_probes(runs: Path, tmp_path: Path) -> No
     assert set(found.skipped) == {"localisation", "domains"}
 
 
+def test_groups_that_the_data_know(tmp_path: Path) -> None:
+    from PIL import Image
+
+    index = []
+    for label in ("a", "b"):
+        for i in range(8):
+            path = tmp_path / "data" / "train" / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 30 * i).save(path)
+            index.append(f"train/{label}/{i}.png,{'old' if i % 2 else 'new'}")
+    side = tmp_path / "cameras.csv"
+    side.write_text("file,camera\n" + "\n".join(index))
+    data = {"name": f"folder:{tmp_path / 'data'}", "attribute_file": str(side), "validation": 0.0, "test": 0.5}
+    config = resolve({"data": data})
+    seen = material_of(config, Subject(domains=["none"], deprived="old"))
+    assert seen.groups is not None
+    assert (seen.groups.names, seen.groups.deprived) == (("new", "old"), "old")
+    levels = (seen.images[:, 0, 0, 0] * 255 / 30).round().long()
+    assert torch.equal(seen.groups.numbers, levels % 2)  # as written down for each file
+
+
 def test_what_cannot_be_explained(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, code, words in (
         (["--probes", "cam"], 2, "Unknown probe 'cam'"),
@@ -166,6 +191,10 @@ def test_what_cannot_be_explained(runs: Path, tmp_path: Path, capsys: pytest.Cap
     )
     with pytest.raises(UsageError, match=r"'teacher' has 10 classes and 'independent:wide' has 4"):
         explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [wide]}, keep=False)
+    with pytest.raises(UsageError, match="kd has the teacher .*teacher, so it is no independent student"):
+        explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [runs / "alone-0", runs / "kd"]}, keep=False)
+    with pytest.raises(UsageError, match=r"'independent:alone-0' and 'independent:alone-0 \(2\)' have the same weights"):
+        explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [runs / "alone-0"] * 2}, keep=False)
     with pytest.raises(UsageError, match="trained on data of a program"):
         explain_runs(wide, [wide])
     with pytest.raises(UsageError, match="at least one student"):
@@ -196,8 +225,34 @@ def test_verdicts() -> None:
     assert told(0.1, 0.05, 0.15) == "uncontrolled"
     assert told(0.6, 0.55, 0.65, 0.47, chance=0.5) == "clear"
     assert told(0.6, 0.55, 0.65, 0.38, chance=0.5) == "not clear"
+    assert told(0.6, 0.55, 0.65, 0.0, chance=0.5) == "not clear"  # a control of 0 is far from chance here
+    assert told(0.1, 0.05, 0.15, 0.02, float("nan")) == "not clear"
+    assert told(0.6, 0.55, 0.65, float("nan"), chance=0.5) == "not clear"
     assert verdict({"rows": [{"gap": None}], "controlled": True}) == ""
     assert verdict({}) == ""
+
+
+def test_a_line_of_accuracy_for_every_model_over_the_severity(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn = []
+
+    def keep(paint: Any, title: str) -> str:
+        axes = Figure().subplots()
+        paint(axes)
+        drawn.append((title, {line.get_label(): line.get_xydata().tolist() for line in axes.lines}))
+        return ""
+
+    def row(quantity: str, condition: str, value: float) -> dict[str, Any]:
+        number = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        return {"quantity": quantity, "condition": condition, "scores": {"teacher": number, "student:kd": number}}
+
+    monkeypatch.setattr("overproof.report.probes.draw", keep)
+    rows = [row("same answer as the teacher", "noise 1", 0.3), row("accuracy", "", 0.2), row("accuracy", "blur 3", 0.1)]
+    charts = robustness({"rows": [*rows, row("accuracy", "noise 5", 0.5), row("accuracy", "noise 1", 0.75)]})
+    assert [chart.title for chart in charts] == ["Accuracy on spoilt images: noise"]  # one severity makes no line
+    assert drawn == [("accuracy (%) over severity of noise", {name: [[1, 75], [5, 50]] for name in ("teacher", "kd")})]
+    assert robustness({}) == []
 
 
 def test_damaged_explanations_are_named(runs: Path, tmp_path: Path) -> None:
@@ -288,6 +343,11 @@ def test_figures_of_recipes_by_probes(tmp_path: Path) -> None:
         "consensus"
     ]
     assert values[4] == pytest.approx(values[1] - alone)
+    kept = sorted((tmp_path / "out" / "teacher" / "probes").glob("*.safetensors"))
+    assert kept  # the teacher's answers, for all figures and seeds of students
+    times = [path.stat().st_mtime_ns for path in kept]
+    resemblance(tmp_path / "out" / "kd", tmp_path / "out" / "teacher", "last", data="", metric="consensus")
+    assert [path.stat().st_mtime_ns for path in kept] == times
     for wrong, error, words in (
         (f'{FIGURE}metric = "acuracy"\n', UnknownNameError, "accuracy"),
         (f'{FIGURE}metric = "agreement"\ndata = "color"\n', UsageError, "`data` and `options` need"),

@@ -301,9 +301,13 @@ def test_maps_of_unlike_size_and_empty_maps(material: Material, cast: dict[str, 
     found = Localisation().run({"teacher": cast["teacher"], "student:f": fine, "independent:0": blind}, material)
     empty = int((material.labels == 0).sum())
     assert empty > 0
-    assert f"{empty} of 24 images left out: a map of the true class is empty everywhere." in found.notes
+    assert f"{empty} of 24 images left out of one pair at least: a map of the true class is empty everywhere." in found.notes
     assert found.number is not None
     assert found.number.count == 24 - empty
+    beside = {"teacher": cast["teacher"], "student:f": fine, "independent:0": cast["independent:0"], "control:blind": blind}
+    alone = {name: model for name, model in beside.items() if name != "control:blind"}
+    told, without = (Localisation().measure(Lab(models, material)).notes for models in (beside, alone))
+    assert told == without != found.notes  # what is empty for a control alone is not left out of the headline
     assert found.pictures["cam/student:f"].shape == (6, 8, 8)
     assert found.pictures["images"].shape == (6, 1, 8, 8)
 
@@ -459,6 +463,15 @@ def test_agreement_counts_pairs() -> None:
     assert 0.2 < float(expected) < 0.95
 
 
+def test_shifts_by_equally_many_pixels_count_once(cast: dict[str, nn.Module], material: Material) -> None:
+    found = Shift().run(cast, material)
+    assert [row.condition for row in found.rows] == ["", "8"]
+    assert found.rows[0].scores == found.rows[1].scores
+    assert "On images of this size an earlier strength makes the same views, so left out: 16, 24, 32." in found.notes
+    large = Material(images(24, side=16), material.labels)  # 8: 1 pixel, 16: 1, 24: 2, 32: 2
+    assert [row.condition for row in Shift().run(cast, large).rows] == ["", "8", "24"]
+
+
 def test_grey_images_are_told_apart_from_coloured_ones(cast: dict[str, nn.Module], material: Material) -> None:
     assert any("neither saturation nor hue" in note for note in Colour(strengths=()).run(cast, material).notes)
     coloured = {name: net(seed, 3) for seed, name in enumerate(cast)}
@@ -598,13 +611,16 @@ def test_files_of_groups(tmp_path: Path) -> None:
     file.write_text("index,group\n3,b\n5,a\n7,a\n9,c\n")
     found = read_groups(file, index, deprived="a")
     assert (found.numbers.tolist(), found.names, found.deprived) == ([0, 1, 0], ("a", "b"), "a")
+    file.write_text("\ufeffindex, group \n3, b\n5,a \n7,a\n", encoding="utf-8")  # as a spreadsheet saves it
+    assert read_groups(file, index).numbers.tolist() == [0, 1, 0]
     file.write_text("group\nb\nb\na\n")
     assert read_groups(file, index).numbers.tolist() == [1, 1, 0]
     for text, words in (
         ("index,group\n3,b\n5,a\n", r"says nothing of 1 of the 3 images, such as number 7"),
         ("group\na\nb\n", r"has 2 rows, but there are 3 images"),
         ("colour\na\n", r"has no column `group` \(it has colour\)"),
-        ("", "has no column"),
+        ("", "--groups: .* has no rows below its header line"),
+        ("index,group\n3, \n", "line 2: the group is missing"),
         ("index,group\nx,b\n", r"line 2: the index 'x' is no whole number"),
         ("index,group\n3,b\n3,a\n", r"line 3: image 3 is in 'a' and in 'b'"),
         ("group\na\n\nb\n", "has 2 rows"),
@@ -818,6 +834,25 @@ def test_the_store_knows_by_what_it_is_asked(tmp_path: Path) -> None:
     assert len(list((tmp_path / "s").iterdir())) == 1
 
 
+def test_what_is_kept_has_a_version_and_takes_up_no_more_than_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
+
+    def put(name: str, count: int) -> set[str]:
+        before = kept()
+        Store(tmp_path).tensor((name,), lambda: torch.zeros(count, dtype=torch.uint8), lasting=True)
+        return kept() - before
+
+    monkeypatch.setattr("overproof.probes.store.ROOM", 10_000)
+    assert put("huge", 2501) == set()
+    first, *others = [put(f"{i}", 2400) for i in range(5)]
+    assert all(len(names) == 1 for names in (first, *others))
+    assert kept() == set().union(*others)  # five are too many, and the oldest has gone
+    monkeypatch.setattr("overproof.probes.store.FORMAT", 2)
+    again = Store(tmp_path).tensor(("4",), lambda: torch.ones(1), lasting=True)
+    assert again.tolist() == [1]
+
+
 def test_other_data_and_other_teachers_have_other_keys(cast: dict[str, nn.Module], material: Material) -> None:
     store = Store()
     lab = Lab(cast, material, store)
@@ -859,10 +894,15 @@ def test_models_that_cannot_be_compared(cast: dict[str, nn.Module], material: Ma
         Lab({"teacher": wide}, material)
     with pytest.raises(UnknownNameError, match="independent"):
         Lab({**cast, "independant": wide}, material)
+    with pytest.raises(UsageError, match="'independent:0' and 'independent:again' have the same weights"):
+        Lab({**cast, "independent:again": copy.deepcopy(cast["independent:0"])}, material)
+    Lab({**cast, "student:again": cast["student:a"]}, material)  # which fakes no control
     with pytest.raises(UsageError, match=r"'teacher' does not take images of shape \(1, 8, 8\)"):
         Lab({"teacher": nn.Linear(3, 3), "student": wide}, material)
     with pytest.raises(DataError, match="label 7"):
         Lab(cast, Material(material.images, material.labels + 7 - material.labels.max()))
+    with pytest.raises(DataError, match="The domain 'far' has the label 5, but the models only 3 classes"):
+        Lab(cast, Material(material.images, material.labels, domains={"far": (images(2), torch.tensor([0, 5]))}))
 
 
 def test_material_that_does_not_fit_together() -> None:
@@ -875,6 +915,21 @@ def test_material_that_does_not_fit_together() -> None:
         Material(x, y, groups=Groups(torch.zeros(3), ("a",)))
     with pytest.raises(DataError, match=r"domain 'big' has 2 images of shape \(1, 9, 9\)"):
         Material(x, y, domains={"big": (images(2, 1, 9), y[:2])})
+    with pytest.raises(DataError, match="domain 'none' has 0 images"):
+        Material(x, y, domains={"none": (x[:0], y[:0])})
+    for numbers in (torch.tensor([0, 2] * 12), torch.tensor([0, -1] * 12)):
+        with pytest.raises(DataError, match=r"group numbers reach from -?\d to \d, but there are 2 names \(0 to 1\)"):
+            Material(x, y, groups=Groups(numbers, ("a", "b")))
+    named = ImageSet(images(3), y[:3], classes=("a", "b", "c"))
+    for classes in (("a", "c", "b"), ("a", "b"), ("0", "1", "2", "3")):
+        other = ImageSet(images(3), y[:3].clamp(max=len(classes) - 1), classes=classes)
+        with pytest.raises(
+            DataError, match=rf"domain 'there' has . classes \({', '.join(classes)}\), the images have 3 classes \(a, b, c\)"
+        ):
+            Material.of(named, domains={"there": other})
+    for classes in (("0", "1"), ("a", "b", "c"), ("0", "1", "2")):  # of which the numbers alone are known
+        Material.of(named, domains={"there": ImageSet(images(2), y[:2], classes=classes)})
+    Material.of(ImageSet(images(2), y[:2], classes=("0", "1")), domains={"there": named})
     colour = Material.of(ImageSet(images(4, 3), y[:4], classes=("a", "b", "c")), domains={"grey": ImageSet(images(4), y[:4])})
     assert colour.domains["grey"][0].shape == (4, 3, 8, 8)
     assert colour.classes == ("a", "b", "c")
@@ -941,6 +996,24 @@ def test_noisy_labels() -> None:
     for options in ({"variance": -1.0}, {"temperature": 0.0}):
         with pytest.raises(UsageError, match="noisy-labels"):
             NoisyLabels(small_model(0), **options)
+
+
+def test_methods_as_parts_say_something_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from overproof.methods import METHODS
+    from overproof.methods.noisy_labels import NoisyLabels
+    from overproof.testing import small_batch
+    from overproof.types import Progress
+
+    def losses(*methods: str) -> dict[str, torch.Tensor]:
+        made = METHODS.create("composed", small_model(0), small_model(1), methods=methods)
+        return made(small_batch(), Progress()).losses
+
+    assert set(losses("kd", "noisy-labels")) - set(losses("kd")) == {"noisy-labels"}
+    with pytest.raises(UsageError, match="'ce' adds nothing but the cross-entropy"):
+        losses("kd", "ce")
+    monkeypatch.setattr(NoisyLabels, "groups", lambda self, phase="train": [{"params": [], "lr_scale": 2.0}])
+    with pytest.raises(UsageError, match="'noisy-labels' gives its parameters optimiser options of their own"):
+        losses("kd", "noisy-labels")
 
 
 def test_a_plain_regressor_is_a_convolution() -> None:

@@ -102,7 +102,7 @@ def with_side_file(parts: Parts, path: str | Path, column: str | None = None) ->
         DataError: no such file or column, or rows that do not match the images; names row and remedy.
     """
     path = Path(path).expanduser()
-    header, rows = _read(path)
+    header, rows = read_rows(path, "data.attribute_file")
     column = _column(header, column, path)
     match = _by_file if "file" in header else _by_position
     found = match(parts, [{**row, "(value)": _filled(row, column, path)} for row in rows], path)
@@ -110,16 +110,25 @@ def with_side_file(parts: Parts, path: str | Path, column: str | None = None) ->
     return {part: images.with_attribute(made[part]) for part, images in parts.items()}
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+def read_rows(path: Path, what: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """The header of a CSV file, and its rows by column; a row's "(line)" is where it ends.
+
+    Args:
+        path: of the file, UTF-8 with or without a byte-order mark, as spreadsheets save it.
+        what: the option that names the file, for messages.
+
+    Raises:
+        DataError: a file that cannot be read, or has no rows.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = [{**row, "(line)": reader.line_num} for row in reader]
             header = [name.strip() for name in reader.fieldnames or ()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"data.attribute_file: {path} cannot be read as CSV ({error}).") from error
+        raise DataError(f"{what}: {path} cannot be read as CSV ({error}).") from error
     if not rows:
-        raise DataError(f"data.attribute_file: {path} has no rows below its header line.")
+        raise DataError(f"{what}: {path} has no rows below its header line.")
     return header, [{str(key).strip(): value for key, value in row.items()} for row in rows]
 
 

@@ -53,9 +53,9 @@ def load_extra(
             f"The extra data {images.name} hold images of shape {images.shape}, the training set of {shape} (channels, height, "
             f"width). Read them with data.extra_options={{image_size={height}, channels={channels}}}, or generate them anew."
         )
-    if classes and not _agree(images.classes, classes):
+    if classes and not classes_agree(images.classes, classes):
         raise DataError(
-            f"The extra data {images.name} have {_few(images.classes)}, the training set {_few(classes)}. They must be the same, in the "
+            f"The extra data {images.name} have {few(images.classes)}, the training set {few(classes)}. They must be the same, in the "
             "same order."
         )
     moved = copy.copy(images)
@@ -74,7 +74,7 @@ def _as_set(source: Any, classes: tuple[str, ...]) -> Images:
     return StreamSet(source, classes=classes or None, name="extra data")
 
 
-def _agree(extra: tuple[str, ...], classes: tuple[str, ...]) -> bool:
+def classes_agree(extra: tuple[str, ...], classes: tuple[str, ...]) -> bool:
     """A generator's folder often numbers its classes only, and need not have made images of the last ones."""
     if _numbered(extra):
         return len(extra) <= len(classes)
@@ -85,7 +85,8 @@ def _numbered(names: tuple[str, ...]) -> bool:
     return names == tuple(map(str, range(len(names))))
 
 
-def _few(names: tuple[str, ...]) -> str:
+def few(names: tuple[str, ...]) -> str:
+    """How many classes, and the first of them."""
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return f"{len(names)} classes ({shown})"
 

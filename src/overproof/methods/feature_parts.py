@@ -66,6 +66,11 @@ class Whole(FeatureObjective):
         self._logs: dict[str, Tensor] = {}
         if self.inner.phases != ("train",):
             raise UsageError(f"The method {name!r} trains in the phases {self.inner.phases} and cannot be part of another one.")
+        if type(self.inner).groups is not Objective.groups:
+            raise UsageError(
+                f"The method {name!r} gives its parameters optimiser options of their own and cannot be part of another one."
+            )
+        self.called = name
 
     def compare(self, view: View, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The method's own terms."""
@@ -77,7 +82,12 @@ class Whole(FeatureObjective):
             for echo in self.echoes:
                 echo.forget()  # type: ignore[operator]
         self._logs = dict(output.logs or {})
-        return {name: value for name, value in output.losses.items() if name != CE}
+        terms = {name: value for name, value in output.losses.items() if name != CE}
+        if not terms:
+            raise UsageError(
+                f"The method {self.called!r} adds nothing but the cross-entropy with the labels, which is counted once: leave it out."
+            )
+        return terms
 
     def told(self) -> dict[str, Tensor]:
         """What the method logs."""

@@ -42,7 +42,7 @@ class NoisyLabels(Objective):
         """One step's loss."""
         logits = self.student(batch.images)
         target = self.soften(batch.labels, logits.shape[1])
-        return Output({"ce": cross_entropy(logits, target.to(logits.dtype)).mean()}, logits)
+        return Output({"noisy-labels": cross_entropy(logits, target.to(logits.dtype)).mean()}, logits)
 
     def soften(self, labels: Tensor, classes: int) -> Tensor:
         """Class numbers (N,) or weights (N, K) -> probabilities (N, K)."""

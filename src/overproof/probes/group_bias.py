@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from overproof.data.attributes import read_rows
 from overproof.errors import DataError
 from overproof.probes.base import SEEDS, Probe, Result, Row, SkipProbe
 from overproof.probes.intervals import Number, Table
@@ -112,18 +112,14 @@ def read_groups(path: str | Path, index: Tensor, *, deprived: str | None = None)
     Raises:
         DataError: no such file or column, or rows that do not match the images; says how many.
     """
-    try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as a table of groups ({error}).") from error
-    if not rows or "group" not in rows[0]:
-        found = ", ".join(map(str, rows[0])) if rows else "nothing"
-        raise DataError(f"{path} has no column `group` (it has {found}). Write a header line: index,group.")
-    blank = next((line for line, row in enumerate(rows, start=2) if not row["group"]), None)
-    if blank is not None:
-        raise DataError(f"{path}, line {blank}: the group is missing. Name the group of every image.")
-    if "index" in rows[0]:
+    header, rows = read_rows(Path(path), "--groups")
+    if "group" not in header:
+        raise DataError(f"{path} has no column `group` (it has {', '.join(header)}). Write a header line: index,group.")
+    for row in rows:
+        row["group"] = (row["group"] or "").strip()
+        if not row["group"]:
+            raise DataError(f"{path}, line {row['(line)']}: the group is missing. Name the group of every image.")
+    if "index" in header:
         named = _numbered(path, rows)
         missing = [number for number in index.tolist() if number not in named]
         if missing:
@@ -142,9 +138,10 @@ def read_groups(path: str | Path, index: Tensor, *, deprived: str | None = None)
     return Groups(torch.tensor([place[word] for word in words]), names, deprived)
 
 
-def _numbered(path: str | Path, rows: list[dict[str, str]]) -> dict[int, str]:
+def _numbered(path: str | Path, rows: list[dict[str, Any]]) -> dict[int, str]:
     named: dict[int, str] = {}
-    for line, row in enumerate(rows, start=2):
+    for row in rows:
+        line = row["(line)"]
         try:
             number = int(row["index"])
         except (TypeError, ValueError):

@@ -14,7 +14,7 @@ from torch import Tensor
 from overproof.attacks.randomness import Streams
 from overproof.probes.base import Probe, Result
 from overproof.probes.lab import Lab
-from overproof.probes.views import Pair, colour_views, crop_views, shift_views
+from overproof.probes.views import Pair, colour_views, crop_views, shift_room, shift_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +55,29 @@ class Invariance(Probe):
     def views(self, images: Tensor, streams: Streams, strength: float) -> Pair:
         """Two views of each image."""
 
+    def kind(self, images: Tensor, strength: float) -> object:
+        """What strengths have in common that make the same views of these images."""
+        return strength
+
     def measure(self, lab: Lab) -> Result:
         """Agreement of every model, overall and at each strength."""
-        found = {strength: self._agreement(lab, strength) for strength in self.strengths}
+        kinds: dict[object, float] = {}  # of strengths that are one on images of this size the first
+        for strength in self.strengths:
+            kinds.setdefault(self.kind(lab.images, strength), strength)
+        found = {strength: self._agreement(lab, strength) for strength in kinds.values()}
         if self.headline is not None:
             first = self._agreement(lab, self.headline)
         else:
             first = {name: torch.stack([columns[name] for columns in found.values()]).mean(dim=0) for name in lab.watched}
         rows = [self.row(lab, "same answer to both views", first)]
         rows += [self.row(lab, "same answer to both views", columns, condition=f"{at:g}") for at, columns in found.items()]
-        notes = ("Grey images have neither saturation nor hue: only brightness and contrast change.",)
-        return self.found(*rows, notes=notes if isinstance(self, Colour) and _grey(lab.images) else ())
+        notes = []
+        if isinstance(self, Colour) and _grey(lab.images):
+            notes.append("Grey images have neither saturation nor hue: only brightness and contrast change.")
+        merged = [f"{strength:g}" for strength in dict.fromkeys(self.strengths) if strength not in found]
+        if merged:
+            notes.append(f"On images of this size an earlier strength makes the same views, so left out: {', '.join(merged)}.")
+        return self.found(*rows, notes=tuple(notes))
 
     def _agreement(self, lab: Lab, strength: float) -> Mapping[str, Tensor]:
         rows = lab.some(self.images, self.seed)
@@ -123,6 +135,10 @@ class Shift(Invariance):
     def views(self, images: Tensor, streams: Streams, strength: float) -> Pair:
         """Two windows some pixels apart."""
         return shift_views(images, streams, strength)
+
+    def kind(self, images: Tensor, strength: float) -> object:
+        """Whole pixels."""
+        return shift_room(images, strength)
 
 
 def _grey(images: Tensor) -> bool:

@@ -47,7 +47,8 @@ class Lab:
 
     Raises:
         UnknownNameError: a name with another role.
-        UsageError: no teacher or no student, models of different classes, or one that does not take such images.
+        UsageError: no teacher or no student, models of different classes, one that does not take such images, or two independent students
+            of the same weights.
         DataError: labels that the models do not know.
     """
 
@@ -71,6 +72,7 @@ class Lab:
         self._digests: dict[str, str] = {}
         self._data = fingerprint(self.images, self.labels, self.index)
         self.classes = self._same_classes()
+        self._refuse_twins()
 
     @property
     def images(self) -> Tensor:
@@ -168,10 +170,25 @@ class Lab:
                 raise UsageError(
                     f"{first!r} has {count} classes and {name!r} has {width}: probes compare what models of the same classes answer."
                 )
-        top = int(self.labels.max())
-        if top >= count:
-            raise DataError(f"The data have the label {top}, but the models only {count} classes (0 to {count - 1}).")
+        for place, labels in (
+            ("The data have", self.labels),
+            *((f"The domain {d!r} has", y) for d, (_, y) in self.material.domains.items()),
+        ):
+            top = int(labels.max())
+            if top >= count:
+                raise DataError(f"{place} the label {top}, but the models only {count} classes (0 to {count - 1}).")
         return count
+
+    def _refuse_twins(self) -> None:
+        """Two seeds that are one would make the control between seeds exactly 0, and every gap seem clear."""
+        known: dict[object, str] = {}
+        for name in self.independents:
+            first = known.setdefault(self.about(name)[0], name)
+            if first != name:
+                raise UsageError(
+                    f"{first!r} and {name!r} have the same weights, so their difference says nothing about seeds. Give independent students "
+                    "of different seeds."
+                )
 
     def _width(self, name: str) -> int:
         try:

@@ -59,25 +59,23 @@ class Localisation(Probe):
             *product((*lab.students, *lab.roles["control"]), lab.independents),
             *product(lab.independents[:1], lab.independents[1:]),
         ]
-        table = self.table({f"{a} over {b}": wins(alike[a], alike[b]) for a, b in pairs})
-        row = self._row(lab, table)
-        empty = int((~torch.stack(list(alike.values())).isfinite().all(dim=0)).sum())
-        note = f"{empty} of {len(rows)} images left out: a map of the true class is empty everywhere."
+        won = {over(a, b): wins(alike[a], alike[b]) for a, b in pairs}
+        row = self._row(lab, self.table(won))
+        headline = torch.stack([won[over(a, b)] for a, b in product(lab.students, lab.independents)])
+        empty = int(headline.isnan().any(dim=0).sum())
+        note = f"{empty} of {len(rows)} images left out of one pair at least: a map of the true class is empty everywhere."
         return self.found(row, chance=0.5, notes=(note,) if empty else (), pictures=_pictures(lab, rows, maps, size))
 
     def _row(self, lab: Lab, table: Table) -> Row:
-        def over(winners: list[str]) -> list[str]:
-            return [f"{a} over {b}" for a, b in product(winners, lab.independents)]
+        def over_all(winners: list[str]) -> list[str]:
+            return [over(a, b) for a, b in product(winners, lab.independents)]
 
-        scores = {
-            f"{name} over {other}": table.mean(f"{name} over {other}")
-            for name, other in product(lab.students, lab.independents)
-        }
-        controls = {name: table.mean(*over([name])) for name in lab.roles["control"]}
+        scores = {pair: table.mean(pair) for pair in over_all(lab.students)}
+        controls = {name: table.mean(*over_all([name])) for name in lab.roles["control"]}
         if len(lab.independents) >= 2:
             first, *others = lab.independents
-            controls = {SEEDS: table.mean(*(f"{first} over {other}" for other in others)), **controls}
-        return Row("map more like the teacher's", "", scores, table.mean(*over(lab.students)), controls)
+            controls = {SEEDS: table.mean(*(over(first, other) for other in others)), **controls}
+        return Row("map more like the teacher's", "", scores, table.mean(*over_all(lab.students)), controls)
 
     def _maps(self, lab: Lab, name: str, rows: Tensor) -> Tensor:
         parts = lab.about(name, "cam", len(rows), self.seed)
@@ -96,6 +94,11 @@ class Localisation(Probe):
                 for part in torch.split(rows, lab.batch_size)
             ]
         return torch.cat(parts)
+
+
+def over(winner: str, loser: str) -> str:
+    """Name of the column of a pair."""
+    return f"{winner} over {loser}"
 
 
 def similarity(first: Tensor, second: Tensor) -> Tensor:

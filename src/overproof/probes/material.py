@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from overproof.data import make_loader
+from overproof.data.extra import classes_agree, few
 from overproof.errors import DataError
 from overproof.evaluation.evaluator import images_of
 
@@ -52,6 +53,11 @@ class Groups:
     deprived: str | None = None
 
     def __post_init__(self) -> None:
+        least, most = (int(end) for end in self.numbers.aminmax()) if len(self.numbers) else (0, 0)
+        if least < 0 or most >= len(self.names):
+            raise DataError(
+                f"The group numbers reach from {least} to {most}, but there are {len(self.names)} names (0 to {len(self.names) - 1})."
+            )
         if self.deprived is not None and self.deprived not in self.names:
             raise DataError(f"There is no group called {self.deprived!r}; the groups are {', '.join(self.names)}.")
 
@@ -94,7 +100,7 @@ class Material:
                 "their order, or number them in a column `index`."
             )
         for name, (images, labels) in self.domains.items():
-            if images.shape[1:] != self.images.shape[1:] or len(images) != len(labels):
+            if images.shape[1:] != self.images.shape[1:] or len(images) != len(labels) or not len(images):
                 raise DataError(
                     f"The domain {name!r} has {len(images)} images of shape {tuple(images.shape[1:])} and {len(labels)} labels; expected images "
                     f"of shape {tuple(self.images.shape[1:])} and one label each."
@@ -107,10 +113,23 @@ class Material:
             return data
         data = images_of(data)
         images, labels, index = _gathered(data)
-        domains = {name: _gathered(domain)[:2] for name, domain in more.pop("domains", {}).items()}
-        domains = {name: (_in_channels(pixels, images), y) for name, (pixels, y) in domains.items()}
-        names: Sequence[str] = getattr(data, "classes", ())
-        return cls(images, labels, index, classes=tuple(names), domains=domains, **more)
+        others = {name: images_of(domain) for name, domain in more.pop("domains", {}).items()}
+        names = _names(data)
+        for name, other in others.items():
+            theirs = _names(other)
+            if not (classes_agree(theirs, names) or classes_agree(names, theirs)):
+                raise DataError(
+                    f"The domain {name!r} has {few(theirs)}, the images have {few(names)}. They must be the same, in the same order."
+                )
+        domains = {
+            name: (_in_channels(pixels, images), y)
+            for name, (pixels, y, _) in zip(others, map(_gathered, others.values()), strict=True)
+        }
+        return cls(images, labels, index, classes=names, domains=domains, **more)
+
+
+def _names(data: Any) -> tuple[str, ...]:
+    return tuple(getattr(data, "classes", ()))
 
 
 def _gathered(data: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from overproof import console
 from overproof.folder import atomic
+
+FORMAT = 1  # of what is kept; raised whenever the same parts would be computed otherwise
+ROOM = 2**30  # bytes that the files of one folder may take
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -25,7 +29,8 @@ def fingerprint(*tensors: Tensor) -> str:
 class Store:
     """Tensors by what they were computed from.
 
-    Everything is kept in memory; what is asked to last is kept in `folder` too, and read from there by the next run.
+    Everything is kept in memory; what is asked to last is kept in `folder` too, and read from there by the next run. The
+    files take up at most a fixed room, the oldest make way, and what would fill more than a quarter of it is kept in memory alone.
 
     Args:
         folder: where files lie, made when the first is written; None: memory alone.
@@ -41,7 +46,7 @@ class Store:
         self, parts: Sequence[object], make: Callable[[], Mapping[str, Tensor]], *, lasting: bool = False
     ) -> dict[str, Tensor]:
         """What `make` gave when it was first called for these `parts`, whose texts say all that the result depends on."""
-        key = hashlib.blake2b(repr(tuple(map(str, parts))).encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(repr((FORMAT, *map(str, parts))).encode(), digest_size=16).hexdigest()
         if key not in self._known:
             found = self._read(key) if lasting else None
             if found is None:
@@ -75,9 +80,21 @@ class Store:
 
     def _write(self, key: str, found: Mapping[str, Tensor]) -> None:
         path = self._path(key)
-        if path is None:
+        if path is None or sum(value.nbytes for value in found.values()) > ROOM // 4:
             return
         from safetensors.torch import save
 
         with atomic(path) as file:
             file.write(save({name: value.contiguous().clone() for name, value in found.items()}))
+        self._make_room(path)
+
+    def _make_room(self, newest: Path) -> None:
+        assert self.folder is not None
+        with suppress(FileNotFoundError):  # another run makes room too
+            known = {path: path.stat() for path in self.folder.glob("*.safetensors")}
+            taken = sum(facts.st_size for facts in known.values())
+            for path in sorted(known.keys() - {newest}, key=lambda path: known[path].st_mtime_ns):
+                if taken <= ROOM:
+                    return
+                path.unlink()
+                taken -= known[path].st_size

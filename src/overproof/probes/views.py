@@ -88,6 +88,12 @@ def window(images: Tensor, place: Pair, size: Pair) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False).clamp(0, 1)
 
 
+def shift_room(images: Tensor, strength: float) -> tuple[int, int]:
+    """By how many pixels the windows of `shift_views` may lie apart, down and across."""
+    down, across = (max(round(strength * side / CROPPED), 1) for side in images.shape[2:])
+    return down, across
+
+
 def shift_views(images: Tensor, streams: Streams, strength: float = 8.0) -> Pair:
     """Two random windows of the image's size in the middle of the slightly enlarged image, m pixels larger than a window.
 
@@ -98,7 +104,7 @@ def shift_views(images: Tensor, streams: Streams, strength: float = 8.0) -> Pair
     """
     height, width = images.shape[2:]
     large = [round(side * RESIZED / CROPPED) for side in (height, width)]
-    room = [max(round(strength * side / CROPPED), 1) for side in (height, width)]
+    room = shift_room(images, strength)
     grown = [max(big, side + more) for big, side, more in zip(large, (height, width), room, strict=True)]
     big = F.interpolate(images, grown, mode="bilinear", align_corners=False)
     first = [(whole - side - more) // 2 for whole, side, more in zip(grown, (height, width), room, strict=True)]

@@ -11,7 +11,7 @@ import numpy as np
 from overproof.errors import FolderError
 from overproof.folder import read_arrays, read_json
 from overproof.report.charts import Chart
-from overproof.report.probes import attacked_images, cam_triplets, curves, gaps, grids, planes, scores
+from overproof.report.probes import attacked_images, cam_triplets, curves, gaps, grids, planes, robustness, scores
 from overproof.report.reading import Run
 from overproof.report.values import items, number, table
 
@@ -67,6 +67,7 @@ def explained(run: Run) -> Told | None:
 def _drawn(probes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> dict[str, Any]:
     charts = [gaps(probes), scores(table(probes.get("adversarial-transfer")))]
     charts += [curves(name, table(probes.get(name))) for name in ("colour", "crop", "shift")]
+    charts += robustness(table(probes.get("corruptions")))
     charts += [*planes(arrays), *grids(arrays)]
     classes = [str(name) for name in items(summary.get("classes"))]
     kept = [chart for chart in charts if chart is not None]
@@ -99,7 +100,7 @@ def _finding(name: str, found: Mapping[str, Any]) -> Finding:
 def verdict(found: Mapping[str, Any]) -> str:
     """Whether the headline stands out from chance and from its controls.
 
-    "clear": the interval leaves out chance, and every control is nearer to chance; "not clear" otherwise; "uncontrolled" without two
+    "clear": the interval leaves out chance, and every control is known and nearer to chance; "not clear" otherwise; "uncontrolled" without two
     independent students, "" where there is no gap.
     """
     rows = items(found.get("rows"))
@@ -110,8 +111,11 @@ def verdict(found: Mapping[str, Any]) -> str:
         return ""
     if found.get("controlled") is not True:
         return "uncontrolled"
-    away = [abs((number(table(control).get("value")) or chance) - chance) for control in table(first.get("controls")).values()]
-    return "clear" if not low <= chance <= high and abs(value - chance) > max(away, default=0.0) else "not clear"
+    controls = [number(table(control).get("value")) for control in table(first.get("controls")).values()]
+    known = [abs(control - chance) for control in controls if control is not None]
+    if len(known) < len(controls):
+        return "not clear"
+    return "clear" if not low <= chance <= high and abs(value - chance) > max(known, default=0.0) else "not clear"
 
 
 def explanation_text(summary: Mapping[str, Any]) -> str:

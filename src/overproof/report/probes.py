@@ -77,8 +77,28 @@ def curves(name: str, found: Mapping[str, Any]) -> Chart | None:
     """Agreement of two views over their strength, a line for each model."""
     rows = [table(row) for row in items(found.get("rows"))]
     at = [(float(row["condition"]), table(row.get("scores"))) for row in rows if row.get("condition")]
-    if len(at) < 2:
-        return None
+    title = f"Same answer to both views: {name}"
+    return _lines(at, title, ("strength of " + name, "same answer (%)")) if len(at) > 1 else None
+
+
+def robustness(found: Mapping[str, Any]) -> list[Chart]:
+    """Accuracy over the severity of each kind of corruption, a line for each model."""
+    kinds: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    for row in map(table, items(found.get("rows"))):
+        if row.get("quantity") == "accuracy" and row.get("condition"):
+            kind, _, severity = str(row["condition"]).rpartition(" ")
+            kinds.setdefault(kind, []).append((float(severity), table(row.get("scores"))))
+    return [
+        _lines(
+            sorted(at, key=lambda one: one[0]), f"Accuracy on spoilt images: {kind}", (f"severity of {kind}", "accuracy (%)")
+        )
+        for kind, at in kinds.items()
+        if len(at) > 1
+    ]
+
+
+def _lines(at: Sequence[tuple[float, Mapping[str, Any]]], title: str, words: tuple[str, str]) -> Chart:
+    across, up = words
     models = list(at[0][1])
 
     def paint(axes: Any) -> None:
@@ -88,12 +108,10 @@ def curves(name: str, found: Mapping[str, Any]) -> Chart | None:
             style = line_style(position)
             axes.plot(x, middle, marker="o", markersize=3, label=_short(model), **style)
             axes.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
-        axes.set(xlabel=f"strength of {name}", ylabel="same answer (%)")
+        axes.set(xlabel=across, ylabel=up)
         axes.legend(frameon=False, fontsize=7)
 
-    return Chart(
-        f"Same answer to both views: {name}", draw(paint, f"Agreement over the strength of {name}"), "Band: 95 % over images."
-    )
+    return Chart(title, draw(paint, f"{up} over {across}"), "Band: 95 % over images.")
 
 
 def planes(arrays: Mapping[str, np.ndarray]) -> list[Chart]:

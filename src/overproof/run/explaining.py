@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from overproof import console
 from overproof.config import RunConfig, resolve
@@ -20,7 +20,7 @@ from overproof.probes import PROBES
 from overproof.probes.domains import agreeing
 from overproof.probes.group_bias import read_groups
 from overproof.probes.lab import Lab
-from overproof.probes.material import Material
+from overproof.probes.material import Groups, Material
 from overproof.probes.shape_bias import read_cues
 from overproof.probes.store import Store
 from overproof.probes.suite import Explanation, explain
@@ -41,7 +41,8 @@ class Subject:
         limit: use only so many images, the classes in proportion.
         domains: names of sets, or changes of that set such as "color"; None: the usual changes.
         cues: folder of images called SHAPE-TEXTURE, such as cat1-bottle2.png.
-        groups: CSV file with a column `group`, and `index` unless its rows are in the images' order.
+        groups: CSV file with a column `group`, and `index` unless its rows are in the images' order; None: the subgroups that
+            the data know, else the classes.
         deprived: the group that the teacher never saw.
     """
 
@@ -105,6 +106,11 @@ def _named(by_role: Mapping[str, Sequence[str | Path]]) -> dict[str, RunFolder]:
     for role, runs in by_role.items():
         for run in runs:
             folder = RunFolder(run).require()
+            if role == "independent" and (taught := resolve(folder.config).teacher) is not None:
+                raise UsageError(
+                    f"{folder.path} has the teacher {taught.run or taught.name}, so it is no independent student: name runs without a teacher, "
+                    "or give it as --control."
+                )
             name, number = f"{role}:{folder.name}", 2
             while name in found:
                 name, number = f"{role}:{folder.name} ({number})", number + 1
@@ -128,12 +134,19 @@ def material_of(config: RunConfig, subject: Subject) -> Material:
     assert seen.index is not None
     names = _domains(seen) if subject.domains is None else [name for name in subject.domains if name != "none"]
     domains = {name: part_of(data_of(with_data(config, _full(config, name))), subject.split, subject.limit) for name in names}
-    groups = None if subject.groups is None else read_groups(subject.groups, seen.index, deprived=subject.deprived)
+    groups = _groups(part, seen.index, subject)
     if subject.deprived is not None and groups is None:
         raise UsageError(f"--deprived {subject.deprived!r} names a group of a file; give that file with --groups FILE.")
     shape = seen.images.shape[1:]
     cues = None if subject.cues is None else read_cues(subject.cues, splits.classes, channels=shape[0], side=shape[1])
     return Material.of(part, domains=domains, groups=groups, cues=cues)
+
+
+def _groups(part: Any, index: Tensor, subject: Subject) -> Groups | None:
+    """Those of the file, or else the subgroups that the data know."""
+    if subject.groups is not None:
+        return read_groups(subject.groups, index, deprived=subject.deprived)
+    return None if part.groups is None else Groups(part.groups.cpu(), part.attribute.names, subject.deprived)
 
 
 def _full(config: RunConfig, name: str) -> str:
@@ -162,7 +175,7 @@ def resemblance(
     images = data_of(with_data(config, _full(config, data)) if data else config).test
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {"teacher": load_model(other, which).to(device), "student": load_model(run, which).to(device)}
-    lab, given = Lab(models, images), dict(options or {})
+    lab, given = Lab(models, images, Store(other / HOME)), dict(options or {})
     if metric == "accuracy":
         return {metric: float((lab.clean("student") == lab.labels).double().mean())}
     if metric == "consensus":
