@@ -289,6 +289,16 @@ def test_replayed_images_come_with_the_teachers_answers() -> None:
     assert float(pool.images.min()) == 1, "more than the pool holds"
 
 
+@pytest.mark.parametrize(("count", "replay", "fresh"), [(8, 0.9, 2), (8, 0.5, 4), (2, 0.9, 2), (3, 0.9, 2)])
+def test_replay_leaves_two_images_to_be_made(count: int, replay: float, fresh: int) -> None:
+    objective = game(flat(seed=0), flat(seed=1), replay=replay, pool=16).train()
+    drawn: list[int] = []
+    objective.generator.register_forward_hook(lambda module, args, out: drawn.append(len(out)))
+    for seed in (1, 2):
+        assert len(turn(objective, "student", count=count, seed=seed).logits) == count
+    assert drawn == [count, fresh]
+
+
 @pytest.mark.parametrize("options", [{}, {"shared": True}, {"replay": 0.5, "pool": 16}, {"log_form": True}, {"criterion": "mse"},
                                      {"student_mode": "eval"}, {"head": "sigmoid"}, {"head": "tanh"}])  # fmt: skip
 def test_options_keep_the_contract(options: dict[str, Any]) -> None:
@@ -673,6 +683,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path: Pat
     few = ImageSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 4, classes=4)
     with pytest.raises(UsageError, match="tells 10 classes apart, the data for the evaluation have 4"):
         distil(Splits(few, None, few))
+    for given in (images, (few.images, few.labels)):
+        with pytest.raises(UsageError, match="'dfad' looks at no training images.*test_data"):
+            distil(given)
     mute = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(UsageError, match="give method.image_shape"):
         overproof.distill(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), mute, None, method="dfad", out=tmp_path / "no")

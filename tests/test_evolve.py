@@ -276,6 +276,28 @@ def test_a_run_on_digits_with_a_judge(capsys: pytest.CaptureFixture[str]) -> Non
     assert RunFolder("again").config["evolution"]["mutations"] == ["heuristic", "wgan"]
 
 
+def test_another_name_leaves_the_options_of_the_first_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_quiet(False)
+    overproof.evolve("8-gaussians", out="first", **TOY)
+    again = ["evolve", "--config", "first/config.toml", "--generations", "2"]
+    assert call([*again, "--name", "egan", "--out", "second"]) == 0
+    assert "first/config.toml is of 'cegan': its options are not those of 'egan'" in capsys.readouterr().err
+    found = RunFolder("second").config["evolution"]
+    fresh = checked_evolution(
+        resolve({"verb": "evolve", "data": {"name": "8-gaussians"}, "evolution": {"name": "egan"}})
+    ).evolution
+    course = {"generations": 2, "test_every": 6, "test_samples": 64, "width": 16}
+    assert found == resolve({"verb": "evolve", "evolution": {**fresh, **course}}).table()["evolution"]
+    assert (found["fitness"], found["crossovers"]) == ("egan", 0)
+    for number, words in enumerate((["--name", "cegan"], [])):
+        assert call([*again, *words, "--out", f"same-{number}"]) == 0
+        assert RunFolder(f"same-{number}").config["evolution"]["batch_size"] == TOY["batch_size"]
+    assert "are left out" not in capsys.readouterr().err
+    Path("own.toml").write_text('verb = "evolve"\ndata.name = "8-gaussians"\nevolution = { width = 16, test_samples = 64, margin = 0.5 }\n')
+    assert call(["evolve", "--config", "own.toml", "--name", "iegan", "--generations", "2", "--out", "own"]) == 0
+    assert RunFolder("own").config["evolution"]["margin"] == 0.5, "what a file without a name says is the user's word"
+
+
 def test_images_as_a_tensor_and_a_judge_as_a_module() -> None:
     judge = Brightness()
     images = torch.rand(60, 3, 12, 12, generator=stream())

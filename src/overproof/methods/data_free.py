@@ -113,7 +113,8 @@ class DataFree(Objective):
     @torch.no_grad()
     def _material(self, count: int) -> tuple[Tensor, Tensor]:
         """Images and the teacher's logits: fresh ones, and a share of earlier ones if they are replayed."""
-        again = self.pool.recall(int(self.game.replay * count)) if self.pool is not None else None
+        # Two fresh ones at least: the generator normalises over them.
+        again = self.pool.recall(min(int(self.game.replay * count), count - 2)) if self.pool is not None else None
         fresh = self.generator(self.generator.draw(count - (len(again[0]) if again is not None else 0)))
         target = self._answer(fresh)
         if self.pool is None or again is None:
