@@ -223,7 +223,7 @@ class DataFree(Objective):
                 f"the student diverges: on the images that it learns from its logits are wrong by {relative:.2f} times the size of the "
                 f"teacher's ({before:.2f} an epoch ago; constant answers reach 1). Take more student_steps, or a smaller train.lr or generator_lr."
             )
-        if share > 0.9 or diversity < 0.05:
+        if self.source.images == "generated" and (share > 0.9 or diversity < 0.05):
             found["collapse"] = (
                 f"the generator has collapsed: the teacher sees one class in {share:.0%} of its images, and from image to image pixels "
                 f"vary by {diversity:.1%} of all their variation. Take a smaller generator_lr, or add method.balance=1."
