@@ -146,9 +146,7 @@ def flat(weights: list[Tensor]) -> Tensor:
 
 def same_steps(wanted: list[Tensor], found: list[Tensor]) -> bool:
     """Whether every network has moved, and all by the wanted steps."""
-    return all(
-        bool(a.norm() > 0) and bool((a - b).norm() <= TOLERANCE * a.norm()) for a, b in zip(wanted, found, strict=True)
-    )
+    return all(bool(a.norm() > 0) and bool((a - b).norm() <= TOLERANCE * a.norm()) for a, b in zip(wanted, found, strict=True))
 
 
 def measure(device: str) -> tuple[float, dict[str, list[float]]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import overproof
+from overproof import console
+from overproof.attacks.base import logits_of
 from overproof.config import resolve
 from overproof.data import ImageSet, NoImages, Splits, load_data, load_extra
 from overproof.errors import DataError, FolderError, UsageError
@@ -27,6 +31,7 @@ from overproof.models import Classifier, create_model
 from overproof.models.blocks import Doubling
 from overproof.models.generators import critic, dcgan, make_generator, mlp_critic, upsampling
 from overproof.models.sampling import grid, load_generator, rebuild_generator, sample, save_generator
+from overproof.run import generating
 from overproof.run.execute import execute, resume
 from overproof.run.judging import evaluate_run
 from overproof.testing import check_method, small_batch, small_model
@@ -656,8 +661,9 @@ def test_a_generator_is_sampled_and_is_extra_data(
     assert isinstance(extra, ImageSet)
     assert len(extra) == 40
     assert int(extra.index[0]) == 5
-    pixels = (sample(load_generator(run.path), 40) * 255).round() / 255
-    torch.testing.assert_close(torch.stack([extra.read([i])[0] for i in range(0)]) if False else pixels, pixels)
+    pixels = (sample(load_generator(run.path), 40) * 255).round().to(torch.uint8)
+    assert torch.equal(extra.images, pixels)
+    assert torch.equal(extra.labels, overproof.load(teacher_run)(pixels / 255).argmax(1))
     mixed = overproof.distill(
         "cnn", teacher_run, "digits", method="kd", extra_data=f"generator:{run.path}", extra_share=0.5, epochs=1, batch_size=32,
         data_options={"extra_options": {"count": 64}, "limit_train": 64}, out=tmp_path / "mixed", **STUDENT,
@@ -669,6 +675,25 @@ def test_a_generator_is_sampled_and_is_extra_data(
     (run.path / "weights" / "best.safetensors").unlink()
     with pytest.raises(FolderError, match="give labels=RUN"):
         load_data(f"generator:{run.path}", test=0.5)
+
+
+def test_labelled_images_are_classified_as_they_are_kept(
+    tmp_path: Path, teacher_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.set_quiet(False)
+    run = tmp_path / "run"
+    shutil.copytree(teacher_run, run)
+    for name, options in (("dark", {"shift": -9.0}), ("inside", {"head": "sigmoid"})):
+        save_generator(make_generator("upsampling", 5, SHAPE, width=4, **options), run, name)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(generating, "logits_of", lambda model, images: seen.append(images) or logits_of(model, images))
+    told = {}
+    for name in ("dark", "inside"):
+        found = generating.generated(str(run), count=30, generator=name)["train"]
+        torch.testing.assert_close(seen.pop(), found.images / 255, atol=1e-7, rtol=0)
+        told[name] = capsys.readouterr().err
+    assert re.search(r"100% of the pixels lie outside of \[0, 1\] and are cut off.*method.head=sigmoid", told["dark"])
+    assert "cut off" not in told["inside"]
 
 
 def test_baselines_run_without_a_generator_optimiser(tmp_path: Path, teacher_run: Path) -> None:

@@ -7,7 +7,9 @@ import itertools
 import json
 import math
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -297,7 +299,9 @@ def test_another_name_leaves_the_options_of_the_first_behind(capsys: pytest.Capt
         assert call([*again, *words, "--out", f"same-{number}"]) == 0
         assert RunFolder(f"same-{number}").config["evolution"]["batch_size"] == TOY["batch_size"]
     assert "are left out" not in capsys.readouterr().err
-    Path("own.toml").write_text('verb = "evolve"\ndata.name = "8-gaussians"\nevolution = { width = 16, test_samples = 64, margin = 0.5 }\n')
+    Path("own.toml").write_text(
+        'verb = "evolve"\ndata.name = "8-gaussians"\nevolution = { width = 16, test_samples = 64, margin = 0.5 }\n'
+    )
     assert call(["evolve", "--config", "own.toml", "--name", "iegan", "--generations", "2", "--out", "own"]) == 0
     assert RunFolder("own").config["evolution"]["margin"] == 0.5, "what a file without a name says is the user's word"
 
@@ -376,15 +380,14 @@ def test_a_diverged_state_replaces_no_good_one(part: str, monkeypatch: pytest.Mo
     def spoiled(self: Evolver, real: Tensor) -> float:
         fitness = step(self, real)
         if self.step == 9:
-            numbers = (
-                next(self.evolution.critic.parameters()) if part == "critic" else self.evolution.population[0].weights
-            )
+            numbers = next(self.evolution.critic.parameters()) if part == "critic" else self.evolution.population[0].weights
             numbers.detach().fill_(float("nan"))
         return fitness
 
     monkeypatch.setattr(Evolver, "_generation", spoiled)
     # A checkpoint after each generation, of which those from the ninth on must not be kept.
-    monkeypatch.setattr("overproof.training.evolving.time.monotonic", itertools.count(step=100).__next__)
+    clock = SimpleNamespace(monotonic=itertools.count(step=100).__next__, perf_counter=time.perf_counter)
+    monkeypatch.setattr("overproof.training.evolving.time", clock)
     with pytest.raises(NonFiniteLossError):
         overproof.evolve("8-gaussians", out="r", **TOY)
     state = load_checkpoint(Path("r"))

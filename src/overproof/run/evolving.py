@@ -217,7 +217,11 @@ def _reals(config: RunConfig, data: Any, count: int, device: torch.device) -> _I
     classes = len(getattr(train, "classes", ()))
     augment = build_augment(config.data.augment, classes=max(classes, 2))
     how: dict[str, Any] = {"seed": config.seed, "augment": augment, "device": device}
-    return _Images(make_loader(train, count, shuffle=True, drop_last=True, **how), test, f"{'training' if test is train else 'test'} images")
+    return _Images(
+        make_loader(train, count, shuffle=True, drop_last=True, **how),
+        test,
+        f"{'training' if test is train else 'test'} images",
+    )
 
 
 @torch.no_grad()
