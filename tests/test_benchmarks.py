@@ -148,6 +148,16 @@ def test_generative_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["name"] == "generative"
     assert set(line["ratios"]) == {"dfad_exact", "dfad_fast"}
+    assert line["equal"] is True
+
+
+def test_steps_of_networks_are_compared_and_not_their_weights() -> None:
+    same = runpy.run_path(str(ROOT / "benchmarks" / "generative.py"))["same_steps"]
+    step = [torch.full((4,), 1e-5), torch.full((3,), 1e-6)]
+    assert same(step, [value * 1.01 for value in step])
+    assert not same(step, [step[0], step[1] * 1.05])
+    assert not same(step, [torch.zeros(4), step[1]])
+    assert not same([torch.zeros(4)], [torch.zeros(4)]), "nothing has moved"
 
 
 def test_evolution_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,5 +168,5 @@ def test_evolution_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     module["main"]()
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["name"] == "evolution"
-    assert set(line["ratios"]) == {"cegan", "cegan_bare", "cegan_code", "straightforward"}
+    assert set(line["ratios"]) == {"cegan", "cegan_same_loop", "cegan_code", "straightforward"}
     assert line["equal"] is True

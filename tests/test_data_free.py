@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import overproof
+from overproof import console
+from overproof.attacks.base import logits_of
 from overproof.config import resolve
 from overproof.data import ImageSet, NoImages, Splits, load_data, load_extra
 from overproof.errors import DataError, FolderError, UsageError
@@ -27,6 +31,7 @@ from overproof.models import Classifier, create_model
 from overproof.models.blocks import Doubling
 from overproof.models.generators import critic, dcgan, make_generator, mlp_critic, upsampling
 from overproof.models.sampling import grid, load_generator, rebuild_generator, sample, save_generator
+from overproof.run import generating
 from overproof.run.execute import execute, resume
 from overproof.run.judging import evaluate_run
 from overproof.testing import check_method, small_batch, small_model
@@ -289,6 +294,16 @@ def test_replayed_images_come_with_the_teachers_answers() -> None:
     assert float(pool.images.min()) == 1, "more than the pool holds"
 
 
+@pytest.mark.parametrize(("count", "replay", "fresh"), [(8, 0.9, 2), (8, 0.5, 4), (2, 0.9, 2), (3, 0.9, 2)])
+def test_replay_leaves_two_images_to_be_made(count: int, replay: float, fresh: int) -> None:
+    objective = game(flat(seed=0), flat(seed=1), replay=replay, pool=16).train()
+    drawn: list[int] = []
+    objective.generator.register_forward_hook(lambda module, args, out: drawn.append(len(out)))
+    for seed in (1, 2):
+        assert len(turn(objective, "student", count=count, seed=seed).logits) == count
+    assert drawn == [count, fresh]
+
+
 @pytest.mark.parametrize("options", [{}, {"shared": True}, {"replay": 0.5, "pool": 16}, {"log_form": True}, {"criterion": "mse"},
                                      {"student_mode": "eval"}, {"head": "sigmoid"}, {"head": "tanh"}])  # fmt: skip
 def test_options_keep_the_contract(options: dict[str, Any]) -> None:
@@ -351,6 +366,9 @@ def test_concerns_name_the_quantity() -> None:
     assert objective.concerns(fine) == {}
     assert "in 97% of its images" in objective.concerns({**fine, "fakes/largest class": 0.97})["collapse"]
     assert "by 2.0% of all" in objective.concerns({**fine, "fakes/diversity": 0.02})["collapse"]
+    for images in ("noise", "untrained"):
+        still = game(small_model(0), small_model(1), images=images)
+        assert still.concerns({**fine, "fakes/largest class": 0.97}) == {}, "no generator learns"
 
 
 # Bad input
@@ -382,6 +400,17 @@ def test_bad_input_is_refused() -> None:
         DFAD(student, teacher, **SMALL, mean=(0.1, 0.2))
     with pytest.raises(UsageError, match="std above 0"):
         DFAD(student, teacher, **SMALL, std=0.0)
+    rates = ({"lr": 0.0}, {"lr": float("nan")}, {"betas": (0.5, 1.0)}, {"betas": (-0.1, 0.9)})
+    for wrong in rates:
+        with pytest.raises(UsageError, match="generator_lr=.* above 0, and generator_betas=.* in .0, 1."):
+            Source(**wrong)
+    for wrong in ({"width": 0}, {"latent": 0}):
+        with pytest.raises(UsageError, match="width=.* and latent=.* must be at least 1"):
+            Source(**wrong)
+    for bounded in ({"head": "sigmoid"}, {"generator": "dcgan"}):
+        for scale in ({"mean": 0.5}, {"std": 0.5}):
+            with pytest.raises(UsageError, match="have no effect with generator=.* say head=batchnorm"):
+                Source(**bounded, **scale)
 
 
 # The normalisation
@@ -409,6 +438,7 @@ def test_the_teachers_first_layer_undoes_the_generators_scale_exactly() -> None:
         ({"generator": "dcgan", "head": "batchnorm"}, 0.3, 0.2),
         ({"mean": 0.7, "std": 0.1}, 0.7, 0.1),
         ({"images": "noise"}, 0.3, 0.2),
+        ({"images": "noise", "generator": "dcgan", "mean": 0.7}, 0.7, 0.2),
     ],
 )
 def test_scales_of_the_images(options: dict[str, Any], shift: float, scale: float) -> None:
@@ -631,8 +661,9 @@ def test_a_generator_is_sampled_and_is_extra_data(
     assert isinstance(extra, ImageSet)
     assert len(extra) == 40
     assert int(extra.index[0]) == 5
-    seen = overproof.load(teacher_run)(sample(load_generator(run.path), 40)).argmax(1)
-    assert torch.equal(extra.labels, seen)
+    pixels = (sample(load_generator(run.path), 40) * 255).round().to(torch.uint8)
+    assert torch.equal(extra.images, pixels)
+    assert torch.equal(extra.labels, overproof.load(teacher_run)(pixels / 255).argmax(1))
     mixed = overproof.distill(
         "cnn", teacher_run, "digits", method="kd", extra_data=f"generator:{run.path}", extra_share=0.5, epochs=1, batch_size=32,
         data_options={"extra_options": {"count": 64}, "limit_train": 64}, out=tmp_path / "mixed", **STUDENT,
@@ -646,6 +677,25 @@ def test_a_generator_is_sampled_and_is_extra_data(
         load_data(f"generator:{run.path}", test=0.5)
 
 
+def test_labelled_images_are_classified_as_they_are_kept(
+    tmp_path: Path, teacher_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.set_quiet(False)
+    run = tmp_path / "run"
+    shutil.copytree(teacher_run, run)
+    for name, options in (("dark", {"shift": -9.0}), ("inside", {"head": "sigmoid"})):
+        save_generator(make_generator("upsampling", 5, SHAPE, width=4, **options), run, name)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(generating, "logits_of", lambda model, images: seen.append(images) or logits_of(model, images))
+    told = {}
+    for name in ("dark", "inside"):
+        found = generating.generated(str(run), count=30, generator=name)["train"]
+        torch.testing.assert_close(seen.pop(), found.images / 255, atol=1e-7, rtol=0)
+        told[name] = capsys.readouterr().err
+    assert re.search(r"100% of the pixels lie outside of \[0, 1\] and are cut off.*method.head=sigmoid", told["dark"])
+    assert "cut off" not in told["inside"]
+
+
 def test_baselines_run_without_a_generator_optimiser(tmp_path: Path, teacher_run: Path) -> None:
     run = overproof.distill("cnn", teacher_run, None, method="dfad", images="noise", out=tmp_path / "run", **TINY, **STUDENT)
     assert not (run.path / "weights" / "generator.safetensors").exists()
@@ -657,12 +707,14 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path: Pat
         how = {"method": "dfad", "out": tmp_path / "no", **TINY, **STUDENT, **options}
         return overproof.distill("cnn", teacher_run, data, **how)
 
-    with pytest.raises(UsageError, match="data.augment=\\['flip'\\] is about training images"):
+    with pytest.raises(UsageError, match="data.augment=\\['flip'\\] belongs to training on given images"):
         distil(augment=["flip"])
     with pytest.raises(UsageError, match="train.batch_size=1"):
         distil(batch_size=1)
-    with pytest.raises(UsageError, match="train.cache_teacher=True is about"):
+    with pytest.raises(UsageError, match="train.cache_teacher=True belongs to"):
         distil(cache_teacher=True)
+    with pytest.raises(UsageError, match="train.awp=0.005 belongs to"):
+        distil(awp=0.005)
     with pytest.raises(UsageError, match="with 'kd' an epoch is one pass over the data"):
         overproof.distill("cnn", teacher_run, "digits", steps_per_epoch=3, out=tmp_path / "no")
     with pytest.raises(DataError, match="'none' holds no images"):
@@ -673,6 +725,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path: Pat
     few = ImageSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 4, classes=4)
     with pytest.raises(UsageError, match="tells 10 classes apart, the data for the evaluation have 4"):
         distil(Splits(few, None, few))
+    for given in (images, (few.images, few.labels)):
+        with pytest.raises(UsageError, match="'dfad' looks at no training images.*test_data"):
+            distil(given)
     mute = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(UsageError, match="give method.image_shape"):
         overproof.distill(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), mute, None, method="dfad", out=tmp_path / "no")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from overproof import console
 from overproof.cli import call
 from overproof.config import resolve
 from overproof.data.toys import TOYS, lattice, ring
-from overproof.errors import FolderError, NonFiniteLossError, UnknownNameError, UsageError
+from overproof.errors import FolderError, NonFiniteLossError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation import generative
 from overproof.folder import RunFolder
 from overproof.models.sampling import load_generator, sample
@@ -28,6 +31,8 @@ from overproof.run.course import checked_evolution, planned
 from overproof.run.execute import execute, resume
 from overproof.run.recipes import read_recipe
 from overproof.run.seeds import figures
+from overproof.training.checkpoints import load_checkpoint
+from overproof.training.evolving import Evolver
 from overproof.training.safety import Interrupted
 
 TOY = {"generations": 12, "test_every": 6, "test_samples": 64, "width": 16, "batch_size": 8, "evaluation_size": 16}
@@ -180,6 +185,7 @@ def test_a_run_on_the_plane(capsys: pytest.CaptureFixture[str]) -> None:
     assert folder.status["step"] == 12
     found = folder.samples
     assert found["samples"] == 64
+    assert found["compared with"] == "fresh points"
     assert found["figures"].keys() == {"spread", "mmd2", "modes", "near"}
     assert sum(found["selected"].values()) == pytest.approx(1)
     assert found["selected"].keys() == {"heuristic", "least-squares", "minimax", "crossover"}
@@ -276,12 +282,37 @@ def test_a_run_on_digits_with_a_judge(capsys: pytest.CaptureFixture[str]) -> Non
     assert RunFolder("again").config["evolution"]["mutations"] == ["heuristic", "wgan"]
 
 
+def test_another_name_leaves_the_options_of_the_first_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_quiet(False)
+    overproof.evolve("8-gaussians", out="first", **TOY)
+    again = ["evolve", "--config", "first/config.toml", "--generations", "2"]
+    assert call([*again, "--name", "egan", "--out", "second"]) == 0
+    assert "first/config.toml is of 'cegan': its options are not those of 'egan'" in capsys.readouterr().err
+    found = RunFolder("second").config["evolution"]
+    fresh = checked_evolution(
+        resolve({"verb": "evolve", "data": {"name": "8-gaussians"}, "evolution": {"name": "egan"}})
+    ).evolution
+    course = {"generations": 2, "test_every": 6, "test_samples": 64, "width": 16}
+    assert found == resolve({"verb": "evolve", "evolution": {**fresh, **course}}).table()["evolution"]
+    assert (found["fitness"], found["crossovers"]) == ("egan", 0)
+    for number, words in enumerate((["--name", "cegan"], [])):
+        assert call([*again, *words, "--out", f"same-{number}"]) == 0
+        assert RunFolder(f"same-{number}").config["evolution"]["batch_size"] == TOY["batch_size"]
+    assert "are left out" not in capsys.readouterr().err
+    Path("own.toml").write_text(
+        'verb = "evolve"\ndata.name = "8-gaussians"\nevolution = { width = 16, test_samples = 64, margin = 0.5 }\n'
+    )
+    assert call(["evolve", "--config", "own.toml", "--name", "iegan", "--generations", "2", "--out", "own"]) == 0
+    assert RunFolder("own").config["evolution"]["margin"] == 0.5, "what a file without a name says is the user's word"
+
+
 def test_images_as_a_tensor_and_a_judge_as_a_module() -> None:
     judge = Brightness()
     images = torch.rand(60, 3, 12, 12, generator=stream())
     run = overproof.evolve(images, name="egan", judge=judge, out="r", **SMALL)
     assert run.model(run.model.draw(2, stream())).shape == (2, 3, 12, 12)
     assert run.folder.samples["figures"]["classes"] in (1, 2)
+    assert run.folder.samples["compared with"] == "training images"
     assert judge.training
     assert all(p.requires_grad for p in judge.parameters())
     with pytest.raises(UsageError, match="was made from Python objects"):
@@ -292,6 +323,7 @@ def test_images_as_a_tensor_and_a_judge_as_a_module() -> None:
 def test_splits_and_several_seeds(capsys: pytest.CaptureFixture[str], digits: overproof.Splits) -> None:
     run = overproof.evolve(digits, name="gan", **SMALL)
     assert run.path == Path("runs/gan-1")
+    assert run.folder.samples["compared with"] == "test images"
     options = [text for key, value in TOY.items() for text in ("--set", f"evolution.{key}={value}")]
     assert call(["evolve", "--data", "swiss-roll", "--name", "gan", "--out", "s", "--seeds", "0,1", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["runs"]
@@ -339,6 +371,29 @@ def test_divergence_leaves_a_failed_run() -> None:
     with pytest.raises(NonFiniteLossError):
         overproof.evolve("8-gaussians", out="r", **TOY, lr=1e30, discriminator_lr=1e30)
     assert RunFolder("r").status["state"] == "failed"
+
+
+@pytest.mark.parametrize("part", ["critic", "generator"])
+def test_a_diverged_state_replaces_no_good_one(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Evolver._generation
+
+    def spoiled(self: Evolver, real: Tensor) -> float:
+        fitness = step(self, real)
+        if self.step == 9:
+            numbers = next(self.evolution.critic.parameters()) if part == "critic" else self.evolution.population[0].weights
+            numbers.detach().fill_(float("nan"))
+        return fitness
+
+    monkeypatch.setattr(Evolver, "_generation", spoiled)
+    # A checkpoint after each generation, of which those from the ninth on must not be kept.
+    clock = SimpleNamespace(monotonic=itertools.count(step=100).__next__, perf_counter=time.perf_counter)
+    monkeypatch.setattr("overproof.training.evolving.time", clock)
+    with pytest.raises(NonFiniteLossError):
+        overproof.evolve("8-gaussians", out="r", **TOY)
+    state = load_checkpoint(Path("r"))
+    assert state is not None
+    assert state["step"] == 8
+    assert all(bool(value.isfinite().all()) for value in state["evolution"]["critic"].values())
 
 
 # ---- what is refused
@@ -410,6 +465,10 @@ def test_judges_that_do_not_fit() -> None:
         overproof.evolve(images, judge=nn.Linear(5, 3), out="r", **SMALL)
     with pytest.raises(UsageError, match=r"The judge gives \(2, 1\) for two images"):
         overproof.evolve(images, judge=nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), out="r", **SMALL)
+    without_linear = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(OverproofError, match="has no linear layer"):
+        overproof.evolve(images, judge=without_linear, out="r", **SMALL)
+    assert not Path("r").exists(), "said before the first generation"
 
 
 def test_usage_errors_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

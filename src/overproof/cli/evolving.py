@@ -38,7 +38,8 @@ def evolve(
     out
         The run folder to be made. `overproof resume` continues it, `overproof generate` makes images with it.
     config
-        TOML file to begin with, such as RUN/config.toml.
+        TOML file to begin with, such as RUN/config.toml. With another name only length, networks and looks are taken from its
+        [evolution].
     mutation
         Losses of the generators: minimax, heuristic, least-squares, wgan, relativistic, ...; repeatable. One alone is a fixed loss.
     judge
@@ -49,6 +50,7 @@ def evolve(
         crop, flip, ...; repeatable.
     """
     plugins(plugin)
+    from overproof import console
     from overproof.config import read_config, resolve
     from overproof.run.execute import execute
     from overproof.run.prepare import Parts, refuse_code
@@ -63,6 +65,10 @@ def evolve(
     if config:
         weakest = refuse_code(resolve(read_config(config)), str(config), trust).table()
     resolved = resolve(weakest, table, overrides=set_)
+    known, chosen_name = weakest.get("evolution") or {}, (resolved.evolution or {}).get("name")
+    if known.get("name", chosen_name) != chosen_name:
+        resolved = resolve({**weakest, "evolution": _course_alone(known)}, table, overrides=set_)
+        console.note(f"{config} is of {known['name']!r}: its options are not those of {chosen_name!r}, and are left out.")
     chosen = numbers(seeds)
     if len(chosen) > 1:
         folders = execute_seeds(resolved, out, chosen, trusted=trust)
@@ -77,3 +83,12 @@ def evolve(
     found = [{"path": str(folder.path), **folder.samples} for folder in folders]
     told = [f"{row['path']}: {row['samples']} samples\n{samples_text(row)}" for row in found]
     show({"runs": found, "report": str(page)}, json_, "\n".join([*told, f"report: {page}"]))
+
+
+def _course_alone(evolution: dict[str, Any]) -> dict[str, Any]:
+    """Length, networks and looks: a run's file holds every option written out, and those of another evolution would be its copy."""
+    from overproof.registry import Entry
+    from overproof.run.course import Course
+
+    known = Entry("course", Course).options()
+    return {key: value for key, value in evolution.items() if key in known}

@@ -113,7 +113,8 @@ class DataFree(Objective):
     @torch.no_grad()
     def _material(self, count: int) -> tuple[Tensor, Tensor]:
         """Images and the teacher's logits: fresh ones, and a share of earlier ones if they are replayed."""
-        again = self.pool.recall(int(self.game.replay * count)) if self.pool is not None else None
+        # Two fresh ones at least: the generator normalises over them.
+        again = self.pool.recall(min(int(self.game.replay * count), count - 2)) if self.pool is not None else None
         fresh = self.generator(self.generator.draw(count - (len(again[0]) if again is not None else 0)))
         target = self._answer(fresh)
         if self.pool is None or again is None:
@@ -222,7 +223,7 @@ class DataFree(Objective):
                 f"the student diverges: on the images that it learns from its logits are wrong by {relative:.2f} times the size of the "
                 f"teacher's ({before:.2f} an epoch ago; constant answers reach 1). Take more student_steps, or a smaller train.lr or generator_lr."
             )
-        if share > 0.9 or diversity < 0.05:
+        if self.source.images == "generated" and (share > 0.9 or diversity < 0.05):
             found["collapse"] = (
                 f"the generator has collapsed: the teacher sees one class in {share:.0%} of its images, and from image to image pixels "
                 f"vary by {diversity:.1%} of all their variation. Take a smaller generator_lr, or add method.balance=1."

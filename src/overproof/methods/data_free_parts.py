@@ -98,6 +98,9 @@ class Source:
             0.25 if it has none. What the generator gives, and Gaussian noise, are numbers on the scale of normalised images, so that
             x = mean + std G(z): the teacher's first layer then sees G(z) itself, not clamped. A sigmoid, or a dcgan's tanh, fills [0, 1].
         image_shape: (channels, height, width); None: what the networks were built for, or the first usual shape that works.
+
+    Raises:
+        UsageError: values out of range, or a scale for a generator that fills [0, 1].
     """
 
     images: Images = "generated"
@@ -111,6 +114,28 @@ class Source:
     std: Scale = None
     image_shape: ImageShape | None = None
 
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and all(0 <= beta < 1 for beta in self.betas)):
+            raise UsageError(f"generator_lr={self.lr} must be above 0, and generator_betas={self.betas} in [0, 1).")
+        if self.width < 1 or self.latent < 1:
+            raise UsageError(f"width={self.width} and latent={self.latent} must be at least 1.")
+        if self.bounded and (self.mean is not None or self.std is not None):
+            raise UsageError(
+                f"mean={self.mean} and std={self.std} have no effect with generator={self.generator!r} and head={self.ending!r}, whose images "
+                "fill [0, 1]: leave them out, or say head=batchnorm."
+            )
+
+    @property
+    def ending(self) -> Head:
+        """The generator's head."""
+        return self.head or ("batchnorm" if self.generator == "upsampling" else "tanh")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the images fill [0, 1] whatever the teacher's normalisation."""
+        own = self.ending == "sigmoid" or (self.ending == "tanh" and self.generator == "dcgan")
+        return own and self.images != "noise"
+
     def build(self, student: nn.Module, teacher: nn.Module) -> Generator:
         """The generator, untrained; for noise one without weights."""
         shape = self.image_shape or sample_images(student, teacher, None).shape[1:]
@@ -118,11 +143,9 @@ class Source:
         if self.images == "noise":
             flat = nn.Unflatten(1, tuple(shape))
             return Generator(flat, latent=math.prod(shape), shape=tuple(shape), shift=shift, scale=scale)
-        head = self.head or ("batchnorm" if self.generator == "upsampling" else "tanh")
-        if head == "sigmoid":
-            shift, scale = [0.0], [1.0]
-        elif head == "tanh" and self.generator == "dcgan":
-            shift, scale = [0.5], [0.5]
+        head = self.ending
+        if self.bounded:
+            shift, scale = ([0.0], [1.0]) if head == "sigmoid" else ([0.5], [0.5])
         every = shape[0] if len(shift) == 1 else 1
         how = {"shift": shift * every, "scale": scale * every, "width": self.width, "head": head}
         return make_generator(self.generator, self.latent, tuple(shape), **how)  # type: ignore[arg-type]

@@ -19,8 +19,10 @@ from overproof.networks import in_mode
 SHOWN, CHUNK = 64, 256
 
 
-def sample(generator: Generator, count: int, *, seed: int = 0) -> Tensor:
+def sample(generator: Generator, count: int, *, seed: int = 0, clamp: bool = True) -> Tensor:
     """`count` images (N, C, H, W), float32 in [0, 1], on the CPU: eval mode, pixels clamped, and the same noise for the same seed.
+
+    With `clamp=False` pixels stay as the generator makes them, which may lie outside of [0, 1].
 
     The noise is drawn on the CPU, image by image: the first images of a larger count are those of a smaller one.
 
@@ -35,7 +37,8 @@ def sample(generator: Generator, count: int, *, seed: int = 0) -> Tensor:
     with in_mode(generator), torch.no_grad():
         # Always whole chunks of noise: fewer numbers would be drawn in another way.
         parts = [generator(generator.draw(CHUNK, stream)[: count - i]) for i in range(0, count, CHUNK)]
-        return torch.cat([part.float().clamp(0, 1).cpu() for part in parts])
+        images = torch.cat([part.float().cpu() for part in parts])
+        return images.clamp_(0, 1) if clamp else images
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:

@@ -61,7 +61,8 @@ def train(
     Args:
         model: images in [0, 1] -> logits (N, K), trained in place; or a registered name.
         data: training images: a registered name, `Splits`, `ImageSet`, a Dataset of (image, label), a pair of tensors, or an
-            iterable of (images, labels) that can be walked once an epoch. For methods without data None, or what is evaluated on.
+            iterable of (images, labels) that can be walked once an epoch. For methods without data None, or a name or `Splits`, of
+            which only the validation and test images are looked at.
         method: registered name of a method without teacher.
         out: run folder; the next free `runs/METHOD-n` if None.
         validation_data: held-out images for choosing the best weights; without them the last are the best.

@@ -18,6 +18,7 @@ from overproof.data.toys import TOYS, Toy
 from overproof.errors import UsageError
 from overproof.evaluation.generative import need_inception
 from overproof.evolution.population import Evolution
+from overproof.features import penultimate
 from overproof.folder import RunFolder, write_json, write_toml
 from overproof.models.generators import critic, make_generator, mlp_critic
 from overproof.models.sampling import load_generator
@@ -122,6 +123,7 @@ class _Points:
     count: int
     seed: int
     device: torch.device
+    compared = "fresh points"
 
     def __call__(self, start: int) -> Iterator[Tensor]:
         for number in itertools.count(start):
@@ -137,7 +139,8 @@ class _Images:
     """Images of a loader, in [-1, 1]."""
 
     loader: Any
-    held_out: Any
+    others: Any
+    compared: str
 
     def __call__(self, start: int) -> Iterator[Tensor]:
         epoch, first = divmod(start, len(self.loader))
@@ -147,8 +150,8 @@ class _Images:
             epoch, first = epoch + 1, 0
 
     def some(self, count: int) -> Tensor:
-        """Held-out images in [0, 1], at most `count`, always the same."""
-        found: Tensor = next(iter(make_loader(self.held_out, count, shuffle=True).batches(0))).images
+        """Images in [0, 1] to compare samples with, at most `count`, always the same."""
+        found: Tensor = next(iter(make_loader(self.others, count, shuffle=True).batches(0))).images
         return found
 
 
@@ -177,7 +180,7 @@ def _scene(
     if judge is None and config.judge is not None:
         judge = make_teacher(config.judge, splits, trusted=trusted, place="judge")
     if judge is not None:
-        _try_judge(judge.to(device), real[:2].to(device))
+        _try_judge(judge.to(device), real[:2].to(device), features=course.features == "judge")
     torch.manual_seed(config.seed)
     how: dict[str, Any] = {"law": course.law, "width": course.width}
     if toy is None:
@@ -189,7 +192,7 @@ def _scene(
     evolution = Evolution(settings, [g.net for g in generators], opponent, draw=generators[0].draw)
     look = Looker(
         evolution, generators[0], folder.path, real, count=course.test_samples, generations=course.generations, toy=toy,
-        judge=judge, inception=course.features == "inception",
+        judge=judge, inception=course.features == "inception", compared=reals.compared,
     )  # fmt: skip
     return _Scene(course, reals, look)
 
@@ -214,17 +217,23 @@ def _reals(config: RunConfig, data: Any, count: int, device: torch.device) -> _I
     classes = len(getattr(train, "classes", ()))
     augment = build_augment(config.data.augment, classes=max(classes, 2))
     how: dict[str, Any] = {"seed": config.seed, "augment": augment, "device": device}
-    return _Images(make_loader(train, count, shuffle=True, drop_last=True, **how), test)
+    return _Images(
+        make_loader(train, count, shuffle=True, drop_last=True, **how),
+        test,
+        f"{'training' if test is train else 'test'} images",
+    )
 
 
 @torch.no_grad()
-def _try_judge(judge: nn.Module, images: Tensor) -> None:
+def _try_judge(judge: nn.Module, images: Tensor, *, features: bool) -> None:
     try:
         shape = tuple(judge.eval()(images).shape)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"The judge cannot take images of shape {tuple(images.shape[1:])}: {error}") from error
     if len(shape) != 2 or shape[1] < 2:
         raise UsageError(f"The judge gives {shape} for two images; a classifier gives logits (2, K).")
+    if features:
+        penultimate(judge)  # or an error now, not after the last generation
 
 
 def _images(data: Any) -> Any:

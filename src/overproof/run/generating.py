@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from overproof import console
 from overproof.attacks.base import logits_of
 from overproof.data import ImageSet
 from overproof.data.splits import Parts
@@ -15,7 +16,7 @@ from overproof.folder import RunFolder
 from overproof.models.sampling import load_generator, sample, write_grid
 from overproof.models.weights import load_model
 
-BATCH = 256
+BATCH, CUT = 256, 0.01  # CUT: share of pixels outside of [0, 1] from which on it is said
 
 
 def generate(
@@ -64,6 +65,8 @@ def generated(
 ) -> Parts:
     """A data source, generator:RUN: images of the run's generator with the classes that a network sees in them.
 
+    They are kept as 8-bit pixels: what a generator makes outside of [0, 1] is cut off, and the classes are those of the images so kept.
+
     Args:
         run: a run folder whose method has trained a generator.
         count: number of images.
@@ -78,7 +81,14 @@ def generated(
     """
     folder = RunFolder(run).require()
     device = _device()
-    images = sample(load_generator(folder.path, generator).to(device), count, seed=seed)
+    images = sample(load_generator(folder.path, generator).to(device), count, seed=seed, clamp=False)
+    pixels: Tensor = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    cut = float(((images < -0.5 / 255) | (images > 1 + 0.5 / 255)).float().mean())
+    if cut > CUT:
+        console.note(
+            f"generator:{run}: {cut:.0%} of the pixels lie outside of [0, 1] and are cut off, so that these are not quite the images that "
+            "its student learned from. A generator with method.head=sigmoid makes none such."
+        )
     judge = RunFolder(labels or run).require().path
     try:
         model = load_model(judge, which).to(device)
@@ -87,8 +97,7 @@ def generated(
             f"Nobody says what classes the images of {run} show; give labels=RUN of a classifier. ({error})"
         ) from error
     with torch.no_grad():
-        logits = torch.cat([logits_of(model, part.to(device)).cpu() for part in torch.split(images, BATCH)])
-    pixels: Tensor = (images * 255).round().to(torch.uint8)
+        logits = torch.cat([logits_of(model, part.to(device).float() / 255).cpu() for part in torch.split(pixels, BATCH)])
     return {"train": ImageSet(pixels, logits.argmax(dim=1), classes=logits.shape[1], name=f"generator:{run}")}
 
 

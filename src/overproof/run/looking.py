@@ -39,6 +39,7 @@ class Looker:
         toy: the law of the points, if they are points.
         judge: a classifier of such images, or None.
         inception: whether the Fréchet distance and the score are those of Inception.
+        compared: what the real ones are, in words.
     """
 
     evolution: Evolution
@@ -50,6 +51,7 @@ class Looker:
     toy: Toy | None = None
     judge: nn.Module | None = None
     inception: bool = False
+    compared: str = "test images"
 
     def __call__(self, generation: int) -> tuple[dict[str, float], list[str]]:
         """Figures, and sentences about what is wrong; picture and generator are kept."""
@@ -71,7 +73,8 @@ class Looker:
             by, suffix = (None, "") if self.inception else (self.judge, " by judge")
             figures[f"fid{suffix}"] = generative.frechet(self.real, samples, by)
             figures[f"is{suffix}"] = generative.inception_score(samples, by)
-        summary: dict[str, Any] = {"samples": len(samples), "figures": figures, "selected": selected, "warnings": warnings}
+        summary: dict[str, Any] = {"samples": len(samples), "compared with": self.compared}
+        summary |= {"figures": figures, "selected": selected, "warnings": warnings}
         if shares is not None:
             summary["histogram"] = shares.tolist()
         write_json(self.run / "samples.json", summary)

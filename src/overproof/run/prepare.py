@@ -164,6 +164,11 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
 def _without_data(config: RunConfig, parts: Parts) -> Parts:
     """The parts with the teacher, and for training data what it says of them; real images are for the evaluation alone."""
     known = parts.data or (None if config.data.name == "none" else data_of(config))
+    if isinstance(known, UserData) and known.train is not None:
+        raise UsageError(
+            f"{config.method.name!r} looks at no training images, and images came as its data: give None instead, and what the student is "
+            "evaluated on as test_data=... (validation_data=...)."
+        )
     assert config.teacher is not None
     teacher = parts.teacher or make_teacher(config.teacher, known, trusted=parts.trusted)
     train = imagined(config, teacher, known)

@@ -42,10 +42,12 @@ def check_without_data(config: RunConfig) -> None:
                 f"train.steps_per_epoch={train.steps_per_epoch}: with {name!r} an epoch is one pass over the data; leave it out."
             )
         return
-    meaningless = {"data.augment": data.augment, "data.extra": data.extra, "train.cache_teacher": train.cache_teacher}
+    meaningless = {
+        "data.augment": data.augment, "data.extra": data.extra, "train.cache_teacher": train.cache_teacher, "train.awp": train.awp,
+    }  # fmt: skip
     for key, value in meaningless.items():
         if value:
-            raise UsageError(f"{key}={value!r} is about training images, and {name!r} looks at none: leave it out.")
+            raise UsageError(f"{key}={value!r} belongs to training on given images, and {name!r} makes its own: leave it out.")
     if train.batch_size < 2:
         raise UsageError(
             f"train.batch_size={train.batch_size}: the generator of {name!r} normalises over the batch, which needs 2 images or more."

@@ -133,6 +133,9 @@ class Evolver:
         self.looks, self.sums = self.looks + 1, {}
 
     def _save(self) -> None:
+        moved = (*self.evolution.critic.parameters(), *(member.weights for member in self.evolution.population))
+        if not all(bool(values.isfinite().all()) for values in moved):
+            return  # the last good state stays; the next test says so
         kept = ("step", "looks", "seconds", "metrics_size", "sums", "totals", "warnings")
         state = {name: getattr(self, name) for name in kept}
         save_checkpoint(self.folder.path, {**state, "evolution": self.evolution.state()})
