@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof import PGD, Classifier, Guarded, ImageSet, RunFolder, evaluate_guarded, fit_guards, load_guarded
-from overproof.attacks import APGD, EOT, FGSM, Transfer
+from overproof.attacks import APGD, EOT, FAB, FGSM, AutoAttack, Square, Transfer, WorstCase
 from overproof.attacks.eot import Averaged
 from overproof.attacks.randomness import Streams, normal
 from overproof.cli import call
@@ -368,6 +368,30 @@ def test_no_attack_stops_early_on_dice() -> None:
     assert patient(Transfer(inner="pgd", source=source)).attack.early_stop is False
     assert patient(FGSM(eps=0.1)) == FGSM(eps=0.1)
     assert patient(APGD(eps=0.1)).eps == 0.1
+    for version in ("rand", "standard", "fast", "quick"):
+        for member in patient(AutoAttack(eps=0.1, version=version)).members.values():
+            inner = member.attack if isinstance(member, EOT) else member
+            assert isinstance(inner, FAB | Square) or inner.early_stop is False
+    worst = patient(WorstCase(attacks=("fgsm", {"attack": "eot", "inner": "pgd"}, AutoAttack(version="rand")), eps=0.2))
+    assert {member.threat.eps for member in worst.members.values()} == {0.2}
+    assert worst.members["eot"].attack.early_stop is worst.members["autoattack"].early_stop is False
+
+
+def test_a_lucky_start_does_not_send_an_image_away() -> None:
+    """The second pass, a judgement after the first start, calls anything wrong; the other starts are made all the same."""
+
+    class Lucky(nn.Module):
+        calls = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            score = images.flatten(1).mean(dim=1) - (5.0 if self.calls == 2 else 0.0)
+            return torch.stack([score, -score], dim=1)
+
+    model, images, labels = Lucky().eval(), torch.full((1, 1, 4, 4), 0.5), torch.zeros(1, dtype=torch.long)
+    attack = PGD(eps=0.1, steps=1, step_size=0.05, restarts=4, early_stop=False)
+    attack(model, images, labels, torch.Generator().manual_seed(0))
+    assert model.calls == 2 * 4  # a step and a judgement each
 
 
 def test_levels_are_read_and_checked() -> None:
