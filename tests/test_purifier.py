@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from overproof import PGD, Classifier, Guarded, ImageSet, RunFolder, evaluate_guarded, fit_guards, load_guarded
+from overproof import PGD, Classifier, Guarded, ImageSet, RunFolder, console, evaluate_guarded, fit_guards, load_guarded
 from overproof.attacks import APGD, EOT, FAB, FGSM, AutoAttack, Square, Transfer, WorstCase
 from overproof.attacks.eot import Averaged
 from overproof.attacks.randomness import Streams, normal
@@ -243,13 +243,40 @@ def test_a_level_beyond_the_training_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guarded(images, sigma=120)
-    with pytest.warns(UserWarning, match=r"sigma=140 is beyond what the purifier was trained for \(up to 120\)"):
+    with pytest.warns(UserWarning, match=r"sigma=140 is above what the purifier was trained for \(up to 120\)"):
         guarded(images, sigma=140)
+    low, images, _ = fitted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        low(images, sigma=5)  # less noise than was trained for is what the knob is there to ask
+    assert "low" not in low.purifier.facts
     masked, images, _ = fitted("mask", sigma=0.5)
     with pytest.warns(UserWarning, match=r"up to 0\.75"):
         masked(images, sigma=0.9)
     with pytest.raises(UsageError, match="sigma=1: of a masked autoencoder it is the share"):
         masked(images, sigma=1.0)
+
+
+def test_a_masked_purifier_says_when_it_is_fitted_that_its_level_does_not_fit() -> None:
+    model, images, labels = setting()
+    purifier = NIMPurifier()
+    with pytest.raises(UsageError, match=r"sigma=70: of a masked autoencoder .* --set nim\.sigma=0\.75"):
+        purifier.fit(model, images, labels, autoencoder=autoencoder(kind="mask"))
+    assert not purifier.fitted
+    guarded, *_ = fitted("mask", sigma=0.5)
+    check_levels(guarded, ["off", 0.25])
+    with pytest.raises(UsageError, match="sigma=35: of a masked autoencoder"):
+        check_levels(guarded, [0.5, 35.0])
+
+
+def test_a_training_inside_fit_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, labels = setting()
+    made: list[Any] = []
+    monkeypatch.setattr(console.Bar, "update", lambda bar, done, *_, **__: (made.append((bar.title, done, bar.total)), setattr(bar, "done", done)))
+    SmallPurifier(epochs=2, batch_size=12).fit(
+        model, images, labels, teacher=NIMPurifier().fit(model, images, labels, autoencoder=autoencoder())
+    )
+    assert made == [("fitting SmallPurifier", done, 4) for done in (1, 2, 3, 4)]
 
 
 def test_autoencoders_that_do_not_fit_are_named() -> None:
