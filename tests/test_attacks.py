@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from overproof.attacks import FGSM, PGD, Linf, ascend
 from overproof.errors import OverproofError, UsageError
 from overproof.evaluation import verdict
+from overproof.losses.margins import margin
 from overproof.testing import check_attack
 
 ATTACKS = {
@@ -98,6 +100,23 @@ def test_restarts_only_help(conv: nn.Module) -> None:
         attack = PGD(eps=0.05, steps=2, restarts=restarts)
         counts.append(int((verdict(attack, conv, x, y, torch.Generator().manual_seed(0)).predictions != y).sum()))
     assert counts[1] >= counts[0]
+
+
+def test_without_early_stop_the_start_with_the_largest_margin_is_kept(conv: nn.Module) -> None:
+    conv.eval()
+    x, y = torch.rand(64, 1, 8, 8), torch.randint(0, 3, (64,))
+    for targeted in (False, True):
+        margins = []
+        for restarts in (1, 2, 4):
+            attack = PGD(eps=0.05, steps=1, restarts=restarts, early_stop=False, targeted=targeted)
+            with torch.no_grad():
+                value = margin(conv(attack(conv, x, y, torch.Generator().manual_seed(0))), y)
+            margins.append(-value if targeted else value)
+        for less, more in itertools.pairwise(margins):
+            assert (more >= less - 1e-6).all()
+            assert (more > less + 1e-6).any()
+        # Images that the first start had broken already go on too.
+        assert ((margins[2] > margins[0] + 1e-6) & (margins[0] > 0)).any()
 
 
 def test_gradient_free_model_is_named() -> None:

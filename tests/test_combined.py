@@ -15,6 +15,7 @@ from overproof.attacks.eot import EOT
 from overproof.attacks.fgsm import FGSM
 from overproof.attacks.folding import Folded, folded
 from overproof.attacks.pgd import PGD
+from overproof.attacks.randomness import Streams
 from overproof.attacks.transfer import Transfer
 from overproof.errors import NoGradientError, UsageError
 from overproof.models import create_model
@@ -129,6 +130,26 @@ def test_bpda_sees_through_what_has_no_gradient() -> None:
         BPDA(inner=plain, parts=("0",), stand_in=lambda z: z[:, :, :4])(model, x, y)
     with pytest.raises(UsageError, match="name the submodules"):
         BPDA()
+
+
+def test_eot_does_not_see_the_dice_by_which_it_is_judged() -> None:
+    class Dice(nn.Module):
+        rolled: list[float]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.rolled.append(float(torch.rand(())))
+            score = x.flatten(1).sum(1)
+            return torch.stack([score, -score], 1)
+
+    model, x = Dice(), torch.full((2, 1, 4, 4), 0.5)
+    model.rolled = []
+    streams = Streams.named(torch.arange(2), "attack")
+    torch.manual_seed(streams.initial_seed())  # as the evaluator does
+    EOT(inner=PGD(eps=0.1, steps=2), samples=3)(model, x, torch.zeros(2, dtype=torch.long), streams)
+    seen = set(model.rolled)
+    predictions(model, x)
+    assert len(seen) >= 6
+    assert model.rolled[-1] not in seen
 
 
 def test_eot_finds_the_mean_direction() -> None:

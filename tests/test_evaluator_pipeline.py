@@ -617,6 +617,32 @@ def _attacks(calls: float) -> dict[str, Any]:
     return {"pgd": PGD(eps=0.05, steps=2), "all": Several(members=members), "near": Guess(eps=0.2)}
 
 
+class Noisy(nn.Module):
+    """A classifier that rolls dice of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x + 0.3 * torch.randn_like(x))
+        return logits
+
+
+def test_dice_fall_the_same_after_an_interruption(net: nn.Module, noise: ImageSet, tmp_path: Path) -> None:
+    model, place = Noisy(net).eval(), tmp_path / "kept.npz"
+    options: dict[str, Any] = {"batch_size": 7, "sanity": 0}
+
+    def attacks(calls: float) -> dict[str, Any]:
+        quick = PGD(eps=0.03, steps=2, early_stop=False)
+        return {"all": Several(members={"a": Stops(FGSM(eps=0.01), calls), "b": quick}), "pgd": quick}
+
+    whole = evaluate(model, noise, attacks=attacks(math.inf), **options)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, noise, attacks=attacks(3), resume=place, **options)
+    same(whole, evaluate(model, noise, attacks=attacks(math.inf), resume=place, **options))
+
+
 @pytest.mark.parametrize("calls", [0, 1, 3, 5])
 def test_an_interrupted_evaluation_goes_on_to_the_same_record(
     net: nn.Module, noise: ImageSet, calls: int, tmp_path: Path

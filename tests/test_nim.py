@@ -487,3 +487,18 @@ def test_training_on_digits_removes_noise(digits: overproof.Splits) -> None:
         with torch.no_grad():
             error = float((denoised(model, noisy, held) - held).square().mean())
         assert error < share * float((noisy - held).square().mean()), sigma
+
+
+@pytest.mark.parametrize("name", ["nim", "mim"])
+def test_plain_gradient_descent_is_advised_against(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from overproof.config import resolve
+    from overproof.run.prepare import checked
+
+    table = {"verb": "train", "data": {"name": "digits"}, "model": {"name": "vit-ae-digits"}, "method": {"name": name}}
+    checked(resolve(table))
+    said = capsys.readouterr().err
+    assert f"{name} is made for AdamW, and train.optimizer is sgd with lr=0.1" in said
+    assert "--set train.optimizer=adamw" in said
+    checked(resolve(table, {"train": {"optimizer": "adamw"}}))
+    checked(resolve({**table, "model": {"name": "cnn"}, "method": {"name": "ce"}}))
+    assert capsys.readouterr().err == ""

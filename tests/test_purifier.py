@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from overproof import PGD, Classifier, Guarded, ImageSet, RunFolder, evaluate_guarded, fit_guards, load_guarded
-from overproof.attacks import APGD, EOT, FGSM, Transfer
+from overproof import PGD, Classifier, Guarded, ImageSet, RunFolder, console, evaluate_guarded, fit_guards, load_guarded
+from overproof.attacks import APGD, EOT, FAB, FGSM, AutoAttack, Square, Transfer, WorstCase
 from overproof.attacks.eot import Averaged
 from overproof.attacks.randomness import Streams, normal
 from overproof.cli import call
@@ -243,13 +243,40 @@ def test_a_level_beyond_the_training_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guarded(images, sigma=120)
-    with pytest.warns(UserWarning, match=r"sigma=140 is beyond what the purifier was trained for \(up to 120\)"):
+    with pytest.warns(UserWarning, match=r"sigma=140 is above what the purifier was trained for \(up to 120\)"):
         guarded(images, sigma=140)
+    low, images, _ = fitted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        low(images, sigma=5)  # less noise than was trained for is what the knob is there to ask
+    assert "low" not in low.purifier.facts
     masked, images, _ = fitted("mask", sigma=0.5)
     with pytest.warns(UserWarning, match=r"up to 0\.75"):
         masked(images, sigma=0.9)
     with pytest.raises(UsageError, match="sigma=1: of a masked autoencoder it is the share"):
         masked(images, sigma=1.0)
+
+
+def test_a_masked_purifier_says_when_it_is_fitted_that_its_level_does_not_fit() -> None:
+    model, images, labels = setting()
+    purifier = NIMPurifier()
+    with pytest.raises(UsageError, match=r"sigma=70: of a masked autoencoder .* --set nim\.sigma=0\.75"):
+        purifier.fit(model, images, labels, autoencoder=autoencoder(kind="mask"))
+    assert not purifier.fitted
+    guarded, *_ = fitted("mask", sigma=0.5)
+    check_levels(guarded, ["off", 0.25])
+    with pytest.raises(UsageError, match="sigma=35: of a masked autoencoder"):
+        check_levels(guarded, [0.5, 35.0])
+
+
+def test_a_training_inside_fit_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, labels = setting()
+    made: list[Any] = []
+    monkeypatch.setattr(console.Bar, "update", lambda bar, done, *_, **__: (made.append((bar.title, done, bar.total)), setattr(bar, "done", done)))
+    SmallPurifier(epochs=2, batch_size=12).fit(
+        model, images, labels, teacher=NIMPurifier().fit(model, images, labels, autoencoder=autoencoder())
+    )
+    assert made == [("fitting SmallPurifier", done, 4) for done in (1, 2, 3, 4)]
 
 
 def test_autoencoders_that_do_not_fit_are_named() -> None:
@@ -368,6 +395,30 @@ def test_no_attack_stops_early_on_dice() -> None:
     assert patient(Transfer(inner="pgd", source=source)).attack.early_stop is False
     assert patient(FGSM(eps=0.1)) == FGSM(eps=0.1)
     assert patient(APGD(eps=0.1)).eps == 0.1
+    for version in ("rand", "standard", "fast", "quick"):
+        for member in patient(AutoAttack(eps=0.1, version=version)).members.values():
+            inner = member.attack if isinstance(member, EOT) else member
+            assert isinstance(inner, FAB | Square) or inner.early_stop is False
+    worst = patient(WorstCase(attacks=("fgsm", {"attack": "eot", "inner": "pgd"}, AutoAttack(version="rand")), eps=0.2))
+    assert {member.threat.eps for member in worst.members.values()} == {0.2}
+    assert worst.members["eot"].attack.early_stop is worst.members["autoattack"].early_stop is False
+
+
+def test_a_lucky_start_does_not_send_an_image_away() -> None:
+    """The second pass, a judgement after the first start, calls anything wrong; the other starts are made all the same."""
+
+    class Lucky(nn.Module):
+        calls = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            score = images.flatten(1).mean(dim=1) - (5.0 if self.calls == 2 else 0.0)
+            return torch.stack([score, -score], dim=1)
+
+    model, images, labels = Lucky().eval(), torch.full((1, 1, 4, 4), 0.5), torch.zeros(1, dtype=torch.long)
+    attack = PGD(eps=0.1, steps=1, step_size=0.05, restarts=4, early_stop=False)
+    attack(model, images, labels, torch.Generator().manual_seed(0))
+    assert model.calls == 2 * 4  # a step and a judgement each
 
 
 def test_levels_are_read_and_checked() -> None:

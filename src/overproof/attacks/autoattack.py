@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -39,6 +40,8 @@ class AutoAttack(BudgetAttack):
         eps, norm: see `BudgetAttack`; the standard figures are Linf 8/255 and L2 0.5 on CIFAR-10.
         version: which set.
         samples: forward passes per step of "rand".
+        early_stop: of its APGD members, see `APGD`; off where dice are rolled and one success may be luck. FAB and Square know no other
+            way than to stop.
 
     Raises:
         UsageError: `targeted` (the set is untargeted), or an unknown version.
@@ -51,6 +54,7 @@ class AutoAttack(BudgetAttack):
 
     version: Version = "standard"
     samples: int = 20
+    early_stop: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,21 +66,22 @@ class AutoAttack(BudgetAttack):
     @property
     def members(self) -> dict[str, Attack]:
         """The attacks by name, in order."""
-        eps, norm = self.eps, self.norm
+        eps, norm, apgd = self.eps, self.norm, partial(APGD, eps=self.eps, norm=self.norm, early_stop=self.early_stop)
         if self.version == "rand":
             return {
-                f"apgd-{loss}": EOT(inner=APGD(eps=eps, norm=norm, loss=loss), samples=self.samples) for loss in ("ce", "dlr")
+                "apgd-ce": EOT(inner=apgd(loss="ce"), samples=self.samples),
+                "apgd-dlr": EOT(inner=apgd(loss="dlr"), samples=self.samples),
             }
         if self.version == "quick":
             return {
-                "apgd-ce": APGD(eps=eps, norm=norm, steps=20),
-                "apgd-t": APGD(eps=eps, norm=norm, loss="dlr-targeted", targets=3, steps=20),
+                "apgd-ce": apgd(steps=20),
+                "apgd-t": apgd(loss="dlr-targeted", targets=3, steps=20),
             }
         fast = self.version == "fast"
         screen = ((10, 9), (25, 3), (75, 1)) if fast else ()
         members: dict[str, Attack] = {
-            "apgd-ce": APGD(eps=eps, norm=norm, steps=20 if fast else 100),
-            "apgd-t": APGD(eps=eps, norm=norm, loss="dlr-targeted", targets=9, steps=100, screen=screen),
+            "apgd-ce": apgd(steps=20 if fast else 100),
+            "apgd-t": apgd(loss="dlr-targeted", targets=9, steps=100, screen=screen),
             "fab-t": FAB(eps=eps, norm=norm, targets=3 if fast else 9, steps=20 if fast else 100),
         }
         if norm != "L1":

@@ -13,6 +13,7 @@ from overproof.attacks.randomness import Streams
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 
+SALT = 20  # names the dice of the attack among the forks of an image's streams
 ROWS = 1024  # images in one pass through a model whose rows have dice of their own
 
 
@@ -46,7 +47,8 @@ class EOT(Wrapper):
         streams = Streams.of(generator, images)
         devices = [images.device] if images.is_cuda else []
         with in_mode(model), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(streams.initial_seed())
+            # Not the seed of the streams themselves: a caller may have used that one for the dice by which the images are judged.
+            torch.manual_seed(streams.fork(SALT).initial_seed())
             return self.attack(Averaged(model, self.samples), images, labels, streams)
 
 

@@ -12,6 +12,7 @@ from overproof.attacks.ascent import ascend
 from overproof.attacks.base import BudgetAttack, logits_of, predictions, won
 from overproof.attacks.objectives import AttackLoss, attack_value, check_loss, departure
 from overproof.attacks.randomness import Streams
+from overproof.attacks.threats import per_image
 from overproof.errors import UsageError
 from overproof.networks import in_mode
 
@@ -30,7 +31,8 @@ class PGD(BudgetAttack):
         steps: gradient steps per start, at least 1.
         step_size: pixel units; None means eps / 4 (2/255 at 8/255).
         random_start: begin at a uniform point of the ball instead of the image.
-        restarts: number of starts; later ones only for images that still hold, at least 1.
+        restarts: number of starts, at least 1. With `early_stop` later ones are only for images that still hold; without, all images
+            take all of them, and the last iterate with the largest margin is kept.
         early_stop: an image is left alone as soon as it is misclassified (a target: reached), untouched if it is so from the
             beginning. The verdict can only get stronger, since any point on the path counts, and the batch shrinks.
 
@@ -61,16 +63,36 @@ class PGD(BudgetAttack):
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images."""
         streams, found = Streams.of(generator, images), images.clone()
+        if not self.early_stop:
+            return self._best(model, images, labels, streams)
         holds = torch.ones_like(labels, dtype=torch.bool)
         with in_mode(model):
             for restart in range(self.restarts):
                 # Without a random start the first step looks at the images themselves anyway.
-                if restart > 0 or (self.early_stop and self.random_start):
+                if restart > 0 or self.random_start:
                     holds = ~won(predictions(model, found), labels, self.targeted)
                 if not bool(holds.any()):
                     break
                 found[holds] = self._once(model, images[holds], labels[holds], streams.fork(restart).rows(holds))
         return found
+
+    def _best(self, model: nn.Module, images: Tensor, labels: Tensor, streams: Streams) -> Tensor:
+        """Every start for every image. The margin and not the loss chooses: its sign is the verdict, and no threshold waits for luck."""
+        with in_mode(model):
+            found = self._once(model, images, labels, streams.fork(0))
+            if self.restarts == 1:
+                return found
+            best = self._margin(model, found, labels)
+            for restart in range(1, self.restarts):
+                tried = self._once(model, images, labels, streams.fork(restart))
+                margin = self._margin(model, tried, labels)
+                found = torch.where(per_image(margin > best, images), tried, found)
+                best = torch.maximum(margin, best)
+        return found
+
+    def _margin(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return attack_value("margin", logits_of(model, images), labels, labels if self.targeted else None)
 
     def _once(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         leave = departure(self.loss, model, images, labels, self.targeted)

@@ -59,7 +59,7 @@ def evaluate(
         curve: radii for which the first attack is repeated; an image broken at a smaller radius counts as broken at every
             larger one and is not attacked again. The curve of a minimum-norm attack is read off its sizes.
         teacher: for agreement: share of images on which both predict the same class.
-        batch_size: images per step. The verdicts do not depend on it.
+        batch_size: images per step. The verdicts do not depend on it, unless the model rolls dice of its own.
         seed: of the attacks' randomness, which is drawn per image.
         device: where to run, the model's own device if None; model and teacher are moved there for the call.
         classes: class names for the record; taken from `data` when it knows them.

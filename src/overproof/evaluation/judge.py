@@ -183,8 +183,8 @@ class Judge:
 
     def _attack(self, stage: Stage, chunk: Chunk) -> None:
         begin, passes = time.perf_counter(), Passes()
+        through = self._through(stage, chunk.images)  # first: it asks the model, once per call of the evaluator
         streams = self._dice(chunk.index, *stage.key)
-        through = self._through(stage, chunk.images)
         result = None
         try:
             result = verdict(stage.attack, self.model, chunk.images, chunk.labels, streams, through=through, passes=passes)
@@ -199,7 +199,7 @@ class Judge:
         self.partial.changed()
 
     def _dice(self, index: Tensor, *purpose: str) -> Streams:
-        """The randomness of images for a purpose; a model that rolls dice itself rolls the same for the same batch."""
+        """The randomness of images for a purpose; a model that rolls dice itself rolls the same for the same batch, not for the same image."""
         streams = Streams.named(index, self.plan.seed, *purpose)
         torch.default_generator.manual_seed(streams.initial_seed())
         if index.is_cuda:

@@ -80,7 +80,7 @@ class NIMPurifier(Purifier):
             autoencoder: pre-trained with nim or mim, made by `create_model`; copied. None: pre-train one on the images.
 
         Raises:
-            UsageError: no pre-trained autoencoder, one for images of another shape, or one that `stats` does not fit.
+            UsageError: no pre-trained autoencoder, one for images of another shape, or one that `stats` or `sigma` does not fit.
             DataError: images that are none.
         """
         shape, like = checked(images, "purifier"), for_model(images[:1], model)
@@ -98,7 +98,7 @@ class NIMPurifier(Purifier):
         stats = self._statistics(net.pretext)
         self.autoencoder = made.to(like.device, like.dtype).requires_grad_(False).eval()
         pretext = net.pretext
-        facts = {"kind": pretext.kind, "stats": stats, "low": pretext.low, "high": pretext.high, "shape": list(shape)}
+        facts = {"kind": pretext.kind, "stats": stats, "high": pretext.high, "shape": list(shape)}
         return self.settle(model, images, {**facts, "autoencoder": spec})
 
     def build(self, facts: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from overproof import console
 from overproof.attacks.randomness import Streams, normal
 from overproof.data.pixels import check_images, to_float
 from overproof.errors import FolderError, OverproofError, UsageError
@@ -61,13 +62,18 @@ class Purifier(Guard):
         """The level that is meant, the option's if None; None where the purifier is off.
 
         Raises:
-            UsageError: neither a number nor "off".
+            UsageError: neither a number nor "off", or, once a masked autoencoder is fitted, no share of patches.
         """
         chosen = self.sigma if sigma is None else sigma
         if chosen == "off":
             return None
         if isinstance(chosen, str) or not math.isfinite(chosen):
             raise UsageError(f'sigma={chosen!r} is no level of noise: give grey levels, such as 70, or "off".')
+        if self.facts.get("kind") == "mask" and chosen >= 1:
+            raise UsageError(
+                f"sigma={chosen:g}: of a masked autoencoder it is the share of patches that are masked, below 1, such as sigma=0.75 "
+                "(--set nim.sigma=0.75)."
+            )
         return None if chosen < 0 else float(chosen)
 
     def repeats(self, *, sigma: Level | None = None, draws: int | None = None) -> int:
@@ -93,7 +99,7 @@ class Purifier(Guard):
             sigma: the level; the option's own if None.
 
         Raises:
-            UsageError: not fitted, a level that is none, or images of another shape. A level beyond those of the training warns.
+            UsageError: not fitted, a level that is none, or images of another shape. A level above those of the training warns.
         """
         self.require_fitted()
         level = self.level(sigma)
@@ -111,17 +117,15 @@ class Purifier(Guard):
         return add_noise(images, level, normal(images, streams))
 
     def _look(self, images: Tensor, level: float) -> None:
-        shape, (kind, high) = tuple(self.facts["shape"]), (self.facts["kind"], self.facts["high"])
+        shape, high = tuple(self.facts["shape"]), self.facts["high"]
         if tuple(images.shape[1:]) != shape:
             raise UsageError(
                 f"This purifier rebuilds images of shape {shape} (channels, height, width), not {tuple(images.shape[1:])}: convert them, "
                 "or fit it on such images."
             )
-        if kind == "mask" and level >= 1:
-            raise UsageError(f"sigma={level:g}: of a masked autoencoder it is the share of patches that are masked, below 1.")
         if level > high * (1 + 1e-6):
             warnings.warn(
-                f"sigma={level:g} is beyond what the purifier was trained for (up to {high:g}): do not trust what it rebuilds.",
+                f"sigma={level:g} is above what the purifier was trained for (up to {high:g}): do not trust what it rebuilds.",
                 stacklevel=2,
             )
 
@@ -146,9 +150,17 @@ class Purifier(Guard):
     def settle(self, model: nn.Module, images: Tensor, facts: Mapping[str, Any]) -> Self:
         """Keep the `facts`, measure what was fitted on a few images, and belong to `model` from now on.
 
-        `facts` need "kind" ("noise" or "mask"), "shape" of an image, and the "low" and "high" level of the training.
+        `facts` need "kind" ("noise" or "mask"), "shape" of an image, and the "high"est level of the training.
+
+        Raises:
+            UsageError: the option sigma is no level for what was fitted.
         """
         self.facts = {**facts, "parameters": parameters_of(self)}
+        try:
+            self.level()
+        except UsageError:
+            self.facts = {}
+            raise
         few, rows = for_model(images[:MEASURED], model), torch.arange(min(len(images), MEASURED))
         errors: dict[str, dict[str, float]] = {}
         with torch.no_grad():
@@ -192,10 +204,12 @@ def trained(
         optimizer = torch.optim.AdamW(network.parameters(), guard.lr, betas=(0.9, 0.95), weight_decay=0.05)
         steps = guard.epochs * -(-len(images) // guard.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(guard.epochs):
-            for rows in torch.split(torch.randperm(len(images)), guard.batch_size):
-                batch = to_float(images[rows.to(images.device)]).to(device, torch.float32)
-                optimizer.zero_grad()
-                loss(batch).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
+        with console.bar(f"fitting {type(guard).__name__}", steps) as bar:
+            for _ in range(guard.epochs):
+                for rows in torch.split(torch.randperm(len(images)), guard.batch_size):
+                    batch = to_float(images[rows.to(images.device)]).to(device, torch.float32)
+                    optimizer.zero_grad()
+                    loss(batch).backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    schedule.step()
+                    bar.update(bar.done + 1)

@@ -48,7 +48,7 @@ class SmallPurifier(Purifier):
     Args:
         sigma, draws: see `Purifier`.
         width, depth: channels of the hidden layers, at least 1, and convolutions, at least 2.
-        high: largest level of the training, in grey levels, above 0; what the teacher was not trained for still counts as beyond.
+        high: largest level of the training, in grey levels, above 0; what the teacher was not trained for still counts as above.
         epochs, batch_size, lr, seed: of the imitation.
 
     Raises:
@@ -116,7 +116,7 @@ class SmallPurifier(Purifier):
 
         trained(network, images, loss, guard=self, device=like.device)
         network.to(like.dtype).requires_grad_(False)
-        facts = {"kind": "noise", "low": 0.0, "high": min(self.high, guide.facts["high"]), "shape": list(shape)}
+        facts = {"kind": "noise", "high": min(self.high, guide.facts["high"]), "shape": list(shape)}
         about = {"teacher_stats": guide.facts["stats"], "teacher_parameters": guide.facts["parameters"]}
         return self.settle(model, images, {**facts, **about})
 

@@ -54,7 +54,7 @@ class _Rebuilding(Objective):
         return (parameter for _, parameter in self._reached())
 
     def groups(self, phase: str = "train") -> list[dict[str, Any]]:
-        """AdamW with betas (0.9, 0.95); no weight decay for biases and norms."""
+        """With adam and adamw betas are (0.9, 0.95), whatever train.betas says; no weight decay for biases and norms."""
         return decay_groups(self._reached(), betas=BETAS)
 
     def _reached(self) -> Iterator[tuple[str, nn.Parameter]]:

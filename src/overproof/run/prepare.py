@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from overproof import console
 from overproof.attacks.base import Attack, logits_of
 from overproof.config import DataConfig, ModelConfig, RunConfig, resolve
 from overproof.data import DATA, NoImages, Splits, build_augment, load_data, load_extra, make_loader
@@ -74,6 +75,11 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
     entry.check(config.method.options, "method")
     check_teachers(config, entry)
     check_without_data(config)
+    if config.train.optimizer == "sgd" and "autoencoder" in entry.tags:
+        console.note(
+            f"{config.method.name} is made for AdamW, and train.optimizer is sgd with lr={config.train.lr:g}: better --lr 1e-3 "
+            "--set train.optimizer=adamw --set train.weight_decay=0.05."
+        )
     if config.train.cache_teacher and config.data.augment:
         raise UsageError(
             f"train.cache_teacher=true is exact only without augmentation, but data.augment is {config.data.augment}. Drop one."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from overproof import console
 from overproof.attacks.base import Attack, predictions
-from overproof.attacks.combined import Wrapper
+from overproof.attacks.combined import WorstCase, Wrapper
 from overproof.attacks.randomness import Streams
 from overproof.data import make_loader
 from overproof.errors import UsageError
@@ -70,7 +70,12 @@ def fit_purifier(
 
 
 def patient(attack: Attack) -> Attack:
-    """The attack without its early end: where dice are rolled, a lucky pass on the way is no success."""
+    """The attack without its early end: where dice are rolled, a lucky pass on the way is no success.
+
+    Square, FAB and other attacks that cannot go on after a success stay as they are.
+    """
+    if isinstance(attack, WorstCase):
+        return replace(attack, attacks=tuple(patient(member) for member in attack.members.values()))
     if isinstance(attack, Wrapper):
         calm: Any = replace(attack, inner=patient(attack.attack))
         return calm  # type: ignore[no-any-return]
