@@ -272,7 +272,11 @@ def test_a_masked_purifier_says_when_it_is_fitted_that_its_level_does_not_fit() 
 def test_a_training_inside_fit_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, labels = setting()
     made: list[Any] = []
-    monkeypatch.setattr(console.Bar, "update", lambda bar, done, *_, **__: (made.append((bar.title, done, bar.total)), setattr(bar, "done", done)))
+    monkeypatch.setattr(
+        console.Bar,
+        "update",
+        lambda bar, done, *_, **__: (made.append((bar.title, done, bar.total)), setattr(bar, "done", done)),
+    )
     SmallPurifier(epochs=2, batch_size=12).fit(
         model, images, labels, teacher=NIMPurifier().fit(model, images, labels, autoencoder=autoencoder())
     )
