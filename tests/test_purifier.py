@@ -260,7 +260,7 @@ def test_a_level_beyond_the_training_warns() -> None:
 def test_a_masked_purifier_says_when_it_is_fitted_that_its_level_does_not_fit() -> None:
     model, images, labels = setting()
     purifier = NIMPurifier()
-    with pytest.raises(UsageError, match=r"sigma=70: of a masked autoencoder .* --set nim\.sigma=0\.75"):
+    with pytest.raises(UsageError, match=r"sigma=70: of a masked autoencoder .*--set nim\.sigma=0\.75"):
         purifier.fit(model, images, labels, autoencoder=autoencoder(kind="mask"))
     assert not purifier.fitted
     guarded, *_ = fitted("mask", sigma=0.5)
