@@ -5,12 +5,11 @@
 dfad: five steps of the student and one of the generator. The straightforward loop, written out below, keeps the graph of the teacher
 and of the generator while the student learns, and computes weight gradients of teacher and student while the generator learns, which
 nobody needs. `dfad_exact` is the method as it is by default: neither of the two, the teacher's normalisations folded into its
-convolutions, and the generator's doubling of pixels, too. `dfad_fast` adds the approximations: one backward pass for the generator and
-the student's first step (shared), half of the student's other images from a pool with the teacher's answers (replay), and channels
-last. Same networks, weights and noise; the contenders take turns in going first, and the median of the turns' ratios is reported, with
-the peak memory of an iteration in a process of its own. Outcome check: after one iteration from the same weights with the same noise,
-plain SGD, the exact method has moved each network as the straightforward loop does. Ends with one JSON line; a ratio is our time divided by the
-straightforward loop's.
+convolutions, and the generator's doubling of pixels, too. `dfad_fast` adds an approximation, one backward pass for the generator and
+the student's first step (shared), and channels last. Same networks, weights and noise; the contenders take turns in going first, and
+the median of the turns' ratios is reported, with the peak memory of an iteration in a process of its own. Outcome check: after one
+iteration from the same weights with the same noise, plain SGD, the exact method has moved each network as the straightforward loop
+does. Ends with one JSON line; a ratio is our time divided by the straightforward loop's.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from overproof.types import Batch, Progress
 
 TURNS, WARM, STEPS, WIDTH = 9, 2, 5, 64
 CASES = {"cpu": ("resnet20", "resnet8", 32), "cuda": ("resnet34", "resnet18", 256)}
-FAST: dict[str, Any] = {"shared": True, "replay": 0.5}
+FAST: dict[str, Any] = {"shared": True}
 TOLERANCE = 0.02  # of the length of a network's step: folded normalisations round in another order, and L1 takes signs
 
 

@@ -175,7 +175,7 @@ def test_imbalance_is_least_where_classes_are_equal() -> None:
     one.requires_grad_()
     value = imbalance(one)
     value.backward()
-    assert float(value) == pytest.approx(0, abs=1e-6)
+    assert value.item() == pytest.approx(0, abs=1e-6)
     assert bool(one.grad.isfinite().all())
     logits = torch.randn(6, 4, dtype=torch.float64)
     p = logits.softmax(1).mean(0)
