@@ -37,6 +37,7 @@ from overproof.folder import write_json
 from overproof.losses.contrast import noise_contrast
 from overproof.methods import METHODS
 from overproof.methods.crd import CRD
+from overproof.methods.feature_bank import Bank
 from overproof.methods.objective import Objective
 from overproof.methods.sokd import DECAY, SoKD
 from overproof.methods.sokd_policy import Draw
@@ -84,6 +85,8 @@ class Stepper:
 
     def __init__(self, method: str, options: dict[str, Any], progress: Progress) -> None:
         self.objective: Objective = METHODS.create(method, *networks(), **options).train()
+        for bank in (part for part in self.objective.modules() if isinstance(part, Bank)):
+            bank.labels = torch.arange(len(bank)) % 10  # as after an epoch: negatives come from rows that images have filled
         self.progress = progress
         self.optimizer = torch.optim.SGD(self.objective.trainable(), 0.01, momentum=0.9, weight_decay=DECAY)
 
