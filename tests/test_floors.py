@@ -63,6 +63,7 @@ SHARED = {
     "plain_entries",
     "robust_entries",
     "memory",
+    "processes",
     "data_free_parts",
 }
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overproof.errors import UsageError
+from overproof.methods.processes import everyones
 
 UNKNOWN = -1
 
@@ -158,18 +159,3 @@ def log_mean(positive: Tensor, negatives: Tensor, keep: Tensor | None = None) ->
 def _fresh(rows: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
     bound = 1 / math.sqrt(max(dim, 1) / 3)
     return torch.empty(rows, dim).uniform_(-bound, bound, generator=generator)
-
-
-def everyones(tensor: Tensor) -> Tensor:
-    """The rows of all processes, (N_1 + N_2 + ..., ...); `tensor` itself if there is one process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    count = torch.tensor([len(tensor)], device=tensor.device)
-    counts = [torch.empty_like(count) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(counts, count)
-    sizes = [int(size) for size in counts]  # the last batch may be cut unevenly
-    room = tensor.new_zeros(max(sizes), *tensor.shape[1:])
-    room[: len(tensor)] = tensor
-    parts = [torch.empty_like(room) for _ in sizes]
-    torch.distributed.all_gather(parts, room)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

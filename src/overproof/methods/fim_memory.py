@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overproof.methods.feature_bank import everyones
+from overproof.methods.processes import everyones
 
 
 class ClassVectors(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof.errors import UsageError
+from overproof.methods.processes import mean_over_processes
 from overproof.methods.sokd_operations import OPERATIONS, PAIRS
 
 EDGE = 1e-6
@@ -136,7 +137,7 @@ class Policy(nn.Module):
     def reinforce(self, draw: Draw, reward: Tensor) -> dict[str, Tensor]:
         """Score-function gradients of -reward: -(r - b) d/d(alpha, beta) log p(choice, bits), of the chosen sub-policy alone."""
         advantage = (reward - self.baseline).detach()
-        common = _mean_over_processes(reward.detach())  # all processes keep the same baseline
+        common = mean_over_processes(reward.detach())  # all processes keep the same baseline
         self.baseline = torch.where(self.steps > 0, 0.9 * self.baseline + 0.1 * common, common)
         chosen = torch.zeros_like(self.alpha)
         chosen[draw.choice] = 1
@@ -153,7 +154,7 @@ class Policy(nn.Module):
         first, second = self.betas
         for name in NAMES:
             value: Tensor = getattr(self, name)
-            gradient = _mean_over_processes(gradients[name]) + self.weight_decay * value
+            gradient = mean_over_processes(gradients[name]) + self.weight_decay * value
             m = first * getattr(self, f"first_{name}") + (1 - first) * gradient
             v = second * getattr(self, f"second_{name}") + (1 - second) * gradient.square()
             setattr(self, f"first_{name}", m)
@@ -191,11 +192,3 @@ class Policy(nn.Module):
 def _through(value: Tensor) -> Tensor:
     """Zero, with the gradient of `value`."""
     return value - value.detach()
-
-
-def _mean_over_processes(value: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value = value / torch.distributed.get_world_size()
-    return value

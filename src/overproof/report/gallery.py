@@ -68,4 +68,9 @@ def png(pixels: np.ndarray) -> str:
         image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return png_uri(buffer.getvalue())
+
+
+def png_uri(png: bytes) -> str:
+    """A PNG file's bytes as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()

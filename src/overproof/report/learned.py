@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from overproof.report.charts import Chart, families
-from overproof.report.gallery import png
+from overproof.report.gallery import png, png_uri
 from overproof.report.reading import Run
 from overproof.report.values import items, number
 
@@ -131,7 +130,7 @@ def samples(run: Run) -> list[tuple[int, str]]:
 def _uri(png: bytes) -> str:
     if not png.startswith(b"\x89PNG"):
         raise ValueError("it is no PNG")
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return png_uri(png)
 
 
 def _sights(run: Run) -> list[Sight]:
