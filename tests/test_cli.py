@@ -156,6 +156,7 @@ def test_recipe_and_reproduce(capsys: pytest.CaptureFixture[str]) -> None:
         (("epochs = 1", "epoch = 1"), "Did you mean 'epochs'"),
         (("[recipe]", "[recipes]"), "Did you mean 'recipe'"),
         (("published =", "publish ="), "publish"),
+        (('metric = "clean"', 'metric = "deepfool fooling within reach"'), "'reach'"),
     ],
 )
 def test_bad_recipes(change: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

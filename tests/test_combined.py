@@ -13,12 +13,13 @@ from overproof.attacks.bpda import BPDA
 from overproof.attacks.combined import Combined, WorstCase
 from overproof.attacks.eot import EOT
 from overproof.attacks.fgsm import FGSM
-from overproof.attacks.folding import Folded, folded
+from overproof.attacks.folding import Folded, Follower, folded
 from overproof.attacks.pgd import PGD
 from overproof.attacks.randomness import Streams
 from overproof.attacks.transfer import Transfer
 from overproof.errors import NoGradientError, UsageError
 from overproof.models import create_model
+from overproof.networks import in_mode
 from overproof.testing import check_attack, small_model
 
 
@@ -196,6 +197,46 @@ def test_folding_changes_cost_and_nothing_else(name: str) -> None:
     left = sum(isinstance(m, nn.BatchNorm2d) for m in copied.modules())
     # A pre-activation network normalises sums of two branches, where there is nothing to fold into.
     assert left == {"cnn": 0, "resnet8": 0, "wrn-16-1": 7, "vit-tiny": 0, "mobilenetv2": 0}[name]
+
+
+def test_the_copy_follows_a_network_in_training() -> None:
+    torch.manual_seed(0)
+    model, follower, x = create_model("resnet8", 5, 3, 16), Follower(), torch.rand(16, 3, 16, 16)
+    optimizer, copies = torch.optim.SGD(model.parameters(), 0.1), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(x).logsumexp(1).sum().backward()
+        optimizer.step()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        state, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+        with in_mode(model):
+            expected = model(x)
+            copied = follower.now(model, x)
+            torch.testing.assert_close(copied(x), expected)
+        copies.append(copied)
+        assert [m.training for m in model.modules()] == flags
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+    assert isinstance(copies[0], Folded)
+    assert copies[0] is copies[2], "one copy serves all steps"
+    with in_mode(model.double()):
+        torch.testing.assert_close(follower.now(model, x.double())(x.double()), model(x.double()))
+
+
+def test_the_copy_follows_tied_weights_and_leaves_what_does_not_fold() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+    second.weight = first.weight
+    tied = nn.Sequential(first, nn.BatchNorm2d(1), second, nn.Flatten()).eval()
+    follower, x = Follower(), torch.rand(2, 1, 4, 4)
+    for value in (1.0, 3.0):
+        tied[1].running_var.fill_(value)
+        first.weight.data.mul_(value)
+        copied = follower.now(tied, x)
+        assert isinstance(copied, Folded)
+        torch.testing.assert_close(copied(x), tied(x))
+    plain = create_model("mlp", 3, 1, 4).eval()
+    assert Follower().now(plain, x) is plain
 
 
 def test_folding_leaves_what_it_cannot_copy() -> None:

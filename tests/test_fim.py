@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 import overproof
 from overproof import console, fisher
-from overproof.attacks import FGSM, OSSA, PGD, Transfer
+from overproof.attacks import FGSM, OSSA, PGD, DeepFool, Transfer
 from overproof.attacks.base import Attack
 from overproof.config import resolve
 from overproof.data import ImageSet, Splits, load_data
-from overproof.errors import DerivativeError, UsageError
+from overproof.errors import DerivativeError, UnknownNameError, UsageError
 from overproof.evaluation import evaluate
 from overproof.evaluation.watch import with_margin
+from overproof.folder import RunFolder
 from overproof.losses.divergences import cross_entropy
 from overproof.losses.fisher_eigen import MANY
 from overproof.methods import METHODS
@@ -33,7 +34,7 @@ from overproof.report.flatness import flatness_lines
 from overproof.report.words import evaluation_text
 from overproof.run.judging import evaluate_run
 from overproof.run.robust import watched
-from overproof.run.seeds import figures
+from overproof.run.seeds import figure_of, figures
 from overproof.testing import check_method, small_batch, small_model
 from overproof.testing.doubles import Quantised, Saturated
 from overproof.types import Batch, Progress
@@ -611,6 +612,23 @@ def test_runs_with_a_penalty_are_watched(tmp_path: Path) -> None:
     assert again.summary["fisher"]["samples"] == 10
     assert again.summary["protocol"]["fisher"] is True
     assert evaluate_run(composed.path, attacks={}, limit=10, fisher=False).summary["fisher"] is None
+
+
+def test_one_search_for_the_smallest_change_serves_every_radius(set_of: tuple[nn.Module, ImageSet], tmp_path: Path) -> None:
+    model, data = set_of
+    whole = evaluate(model, data, attacks={"deepfool": DeepFool()}, sanity=0)
+    whole.save(tmp_path, "test-best")
+    folder = RunFolder(tmp_path)
+    sizes = whole.samples["deepfool/size"][whole.samples["prediction"] == whole.samples["label"]]
+    for eps in (0.0, float(np.quantile(sizes, 0.3)) + 1e-4, float(np.quantile(sizes, 0.7)) + 1e-4):
+        bounded = evaluate(model, data, attacks={"deepfool": DeepFool(eps=eps)}, sanity=0) if eps else None
+        expected = bounded.summary["attacks"]["deepfool"]["success_rate"] if bounded else 0.0
+        assert figure_of(folder, f"deepfool fooling within {eps}") == expected
+    assert figure_of(folder, "clean") == whole.clean
+    with pytest.raises(UnknownNameError, match="Did you mean 'deepfool'"):
+        figure_of(folder, "deepfol fooling within 1")
+    with pytest.raises(UnknownNameError, match="Did you mean 'clean'"):
+        figure_of(folder, "cleam")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,11 +17,16 @@ TOLERANCE = 1e-4  # of the largest logit; a copy that differs more is not used
 
 
 class Folded(nn.Module):
-    """A copy of a classifier that computes the same function in eval mode with fewer passes over memory."""
+    """A copy of a classifier that computes the same function in eval mode with fewer passes over memory.
 
-    def __init__(self, net: nn.Module) -> None:
+    Args:
+        net: the copy.
+        folds: names of the convolutions and of the normalisations that went into them.
+    """
+
+    def __init__(self, net: nn.Module, folds: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.folds = net, tuple(folds)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> logits (N, K)."""
@@ -28,6 +35,49 @@ class Folded(nn.Module):
             images = images.view_as(images)
             images.register_hook(lambda gradient: gradient.contiguous())  # type: ignore[no-untyped-call]
         return self.net(images)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """Take over the present weights and statistics of the network this is a copy of."""
+        mine, theirs = (
+            dict(chain(net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)))
+            for net in (self.net, model)
+        )
+        made: dict[str, Tensor] = {}
+        for first, second in self.folds:
+            weight, bias = _fused(model.get_submodule(first), model.get_submodule(second))
+            made |= {f"{first}.weight": weight, f"{first}.bias": bias}
+        for name, value in mine.items():
+            value.copy_(made[name] if name in made else theirs[name])
+
+
+class Follower:
+    """The folded copy of a classifier that is being trained: before each use it takes over the weights and statistics of the hour."""
+
+    def __init__(self) -> None:
+        self._made: tuple[nn.Module, tuple[torch.device, torch.dtype], nn.Module] | None = None
+
+    def now(self, model: nn.Module, images: Tensor) -> nn.Module:
+        """The copy as `model` is now, in eval mode; one that is compiled, hooked or has nothing to fold serves itself.
+
+        What the copy answers differs by rounding only.
+
+        Args:
+            model: images -> logits (N, K), in eval mode; not registered, moved or changed.
+            images: (N, C, H, W), a few of which show its layers the first time.
+        """
+        hooked = bool(model._forward_hooks or model._forward_pre_hooks)  # somebody wants to see every call
+        if hooked or model._compiled_call_impl is not None or not any(type(m) is nn.BatchNorm2d for m in model.modules()):
+            return model
+        kind = images.device, images.dtype
+        if self._made is None or self._made[0] is not model or self._made[1] != kind:
+            with torch.autocast(images.device.type, enabled=False):
+                self._made = (model, kind, folded(model, images.detach()))
+        copied = self._made[2]
+        if not isinstance(copied, Folded) or not copied.folds:
+            return model
+        copied.follow(model)
+        return copied
 
 
 def folded(model: nn.Module, images: Tensor) -> nn.Module:
@@ -59,10 +109,10 @@ def _copy(model: nn.Module, pairs: list[tuple[str, str]], images: Tensor, expect
     """The copy with these pairs folded, or None if it gives other logits than expected."""
     try:
         net = copy.deepcopy(model)
-        _fold(net, model, pairs)
+        done = _fold(net, model, pairs)
         for parameter in net.parameters():
             parameter.requires_grad_(False)
-        made = Folded(net.eval().to(memory_format=torch.channels_last))
+        made = Folded(net.eval().to(memory_format=torch.channels_last), done)
         result = made(images)
     except Exception:  # foreign modules fail in ways of their own; the model itself always serves
         return None
@@ -95,18 +145,25 @@ def _follow(model: nn.Module, images: Tensor) -> tuple[Tensor, list[tuple[str, s
     return logits, [(names[a], names[b]) for a, b in pairs if calls[a] == calls[b] == 1]
 
 
-def _fold(net: nn.Module, model: nn.Module, pairs: list[tuple[str, str]]) -> None:
+def _fold(net: nn.Module, model: nn.Module, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    done = []
     for first, second in pairs:
         conv, norm = net.get_submodule(first), net.get_submodule(second)
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
         if norm.running_mean is None or norm.running_var is None or _watched(model, first, second):
             continue
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
+        conv.weight, conv.bias = _fused(conv, norm)
         parent, _, leaf = second.rpartition(".")
         setattr(net.get_submodule(parent), leaf, nn.Identity())
+        done.append((first, second))
+    return done
+
+
+def _fused(conv: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
 
 
 def _watched(model: nn.Module, *names: str) -> bool:

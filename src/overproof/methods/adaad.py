@@ -18,11 +18,10 @@ def widest_gap(method: RobustDistiller, images: Tensor) -> Tensor:
 
     The gradient flows through both networks, so that images on which the teacher itself falls are not preferred.
     """
-    assert method.teacher is not None
-    teacher = method.teacher
+    teacher = method.teacher_copy(images)
 
     def loss(x: Tensor, rows: Tensor) -> Tensor:
-        return kl_divergence(teacher(x), method.student(x))
+        return kl_divergence(teacher(x), method.victim(x))
 
     return method.perturb(loss, images)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.ascent import Loss, Start, ascend
+from overproof.attacks.folding import Follower
 from overproof.attacks.pgd import PGD
 from overproof.attacks.threats import Norm, Threat, make_ball
 from overproof.errors import UsageError
@@ -169,6 +170,8 @@ class RobustObjective(Objective):
         self.step_size, self.steps, self.attack_mode = step_size, steps, attack_mode
         self.norm: Norm = norm
         self.eps_warmup, self._share = 0.0, 1.0
+        self._folded = Follower()
+        self._victim: tuple[nn.Module, ...] = ()  # in a tuple it is no part of the objective
         self.register_forward_pre_hook(_grow, with_kwargs=True)
 
     def share(self, progress: Progress) -> float:
@@ -180,12 +183,12 @@ class RobustObjective(Objective):
         """Images on which the student's cross-entropy is largest."""
 
         def loss(x: Tensor, rows: Tensor) -> Tensor:
-            return cross_entropy(self.student(x), batch.labels[rows])
+            return cross_entropy(self.victim(x), batch.labels[rows])
 
         return self.perturb(loss, batch.images)
 
     def perturb(self, loss: Loss, images: Tensor) -> Tensor:
-        """Images that maximise `loss(x, rows)` under the method's threat, student in `attack_mode`."""
+        """Images that maximise `loss(x, rows)` under the method's threat; `loss` asks `self.victim`, the student in `attack_mode`."""
         return self._once("attack", images, lambda: self._attack(loss, images))
 
     def _attack(self, loss: Loss, images: Tensor) -> Tensor:
@@ -196,7 +199,16 @@ class RobustObjective(Objective):
             in_mode(self.student, self.attack_mode),
             torch.autocast(images.device.type, enabled=False) if half else nullcontext(),
         ):
-            return ascend(loss, images, threat, steps=self.steps, step_size=self._share * self.step_size, start=self.start)
+            self._victim = (self._folded.now(self.student, images),) if self.attack_mode == "eval" else ()
+            try:
+                return ascend(loss, images, threat, steps=self.steps, step_size=self._share * self.step_size, start=self.start)
+            finally:
+                self._victim = ()  # the weights move on
+
+    @property
+    def victim(self) -> nn.Module:
+        """The student as its attacks see it: in eval mode its cheaper copy, which answers alike up to rounding (see `folding`)."""
+        return self._victim[0] if self._victim else self.student
 
     @property
     def validation_attack(self) -> PGD | None:

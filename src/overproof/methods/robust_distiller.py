@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from overproof.attacks.folding import Follower
 from overproof.errors import UsageError
 from overproof.losses.reliability import log_probability, teacher_case
 from overproof.methods.objective import RobustObjective
@@ -49,6 +50,7 @@ class RobustDistiller(RobustObjective):
     def __init__(self, student: nn.Module, teacher: nn.Module, *, watch: bool = True, **attack: Any) -> None:
         super().__init__(student, teacher, **attack)
         self.watch = watch
+        self._teacher_copy = Follower()
 
     def ask(self, batch: Batch, images: Tensor, also: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The teacher's logits (N, K) on `images`, and on `also` if given: one pass, but for logits that are known already."""
@@ -61,6 +63,11 @@ class RobustDistiller(RobustObjective):
 
     def _answer(self, images: Tensor) -> Tensor:
         return self._once("teacher", images, lambda: self._ask_teacher(images))
+
+    def teacher_copy(self, images: Tensor) -> nn.Module:
+        """The teacher for attacks that go through it: its cheaper copy, which answers alike up to rounding (see `folding`)."""
+        assert self.teacher is not None
+        return self._teacher_copy.now(self.teacher, images)
 
     def ask_standard(self, images: Tensor) -> Tensor:
         """The logits (N, K) of the teacher that was trained without attacks."""

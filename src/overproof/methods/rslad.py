@@ -70,7 +70,7 @@ class RSLAD(RobustDistiller):
         target = self.teacher_logits(batch)
 
         def loss(x: Tensor, rows: Tensor) -> Tensor:
-            return kl_divergence(target[rows], self.student(x))
+            return kl_divergence(target[rows], self.victim(x))
 
         labels = self.crafted_against == "labels"
         adversarial = self.against_labels(batch) if labels else self.perturb(loss, batch.images)

@@ -58,7 +58,7 @@ class TRADES(RobustObjective):
             here = self.student(batch.images)
 
         def loss(x: Tensor, rows: Tensor) -> Tensor:
-            return kl_divergence(here[rows], self.student(x))
+            return kl_divergence(here[rows], self.victim(x))
 
         adversarial = self.perturb(loss, batch.images)
         logits = self.student(batch.images)

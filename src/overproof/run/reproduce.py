@@ -17,7 +17,7 @@ from overproof.run.explaining import resemblance
 from overproof.run.grouping import losers
 from overproof.run.recipes import PROBED, Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.results import write_results
-from overproof.run.seeds import figures, mean_and_error
+from overproof.run.seeds import figure_of, mean_and_error
 from overproof.training.safety import Interrupted
 
 
@@ -115,7 +115,7 @@ def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]], alike: d
 def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[Any, dict[str, float]]) -> float:
     """The figure of one run; comparisons of two runs are made once and kept in `alike`."""
     if not figure.against:
-        return figures(named[run], figure.evaluation)[figure.metric]
+        return figure_of(named[run], figure.metric, figure.evaluation)
     if figure.metric in ("fell", "paid"):
         return losers(named[run], named[figure.against], figure.evaluation)[figure.metric]
     key = (named[run].path, named[figure.against].path, figure.evaluation.removeprefix("test-"))

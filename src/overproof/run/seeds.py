@@ -11,9 +11,13 @@ import numpy as np
 
 from overproof import console
 from overproof.config import RunConfig, resolve
+from overproof.errors import UnknownNameError
 from overproof.folder import RunFolder
+from overproof.registry import convert
 from overproof.run.execute import execute
 from overproof.run.prepare import Parts
+
+WITHIN = " fooling within "
 
 
 def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, trusted: bool = False) -> list[RunFolder]:
@@ -48,6 +52,28 @@ def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float
     found |= folder.samples.get("figures", {})
     found |= {f"selected {name}": share for name, share in folder.samples.get("selected", {}).items()}
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def figure_of(folder: RunFolder, metric: str, evaluation: str = "test-best") -> float:
+    """One of the `figures`, or "NAME fooling within EPS": what a minimum-norm attack breaks with changes of at most that size.
+
+    Raises:
+        UnknownNameError: the evaluation has no such figure.
+    """
+    known = figures(folder, evaluation)
+    name, between, radius = metric.partition(WITHIN)
+    if not between:
+        if metric not in known:
+            raise UnknownNameError(f"figure of {folder.path}, {evaluation}:", metric, known)
+        return known[metric]
+    rows = folder.arrays(evaluation)
+    if f"{name}/size" not in rows:
+        raise UnknownNameError(
+            f"attack of {folder.path}, {evaluation}:", name, [key[:-5] for key in rows if key.endswith("/size")]
+        )
+    right = rows["prediction"] == rows["label"]
+    broken = right & ~rows[f"{name}/robust"] & (rows[f"{name}/size"] <= convert(radius, float, metric))
+    return float(broken.sum() / max(right.sum(), 1))
 
 
 def _by_class(shares: Sequence[float | None]) -> dict[str, float | None]:
