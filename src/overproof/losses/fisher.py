@@ -11,11 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from overproof.attacks.folding import folded
 from overproof.losses.derivatives import differentiable
 from overproof.losses.fisher_eigen import Eigensolver, Leading, Solver, factor
 from overproof.losses.fisher_trace import Estimator, Tracer, refuse_mixing
 
 ROOM = 2**26  # numbers of the Jacobians that are held at once: a quarter of a GiB
+AT_ONCE = 256  # images: beyond that, caches are too small
+MANY = 32  # images for which a copy with BatchNorm folded into the convolutions is worth making
 
 __all__ = ["Estimator", "Leading", "Solver", "Tracer", "lambda_max", "leading", "spectrum", "trace"]
 
@@ -46,7 +49,7 @@ def trace(
         NoGradientError: the logits do not depend differentiably on the images.
     """
     work = Tracer(estimator=estimator, draws=draws, step=step, batch_statistics=batch_statistics, generator=generator)
-    return _by_parts(lambda part: work(model, part)[0], model, images, whole=batch_statistics)
+    return _by_parts(lambda net, part: work(net, part)[0], model, images, whole=batch_statistics)
 
 
 def lambda_max(
@@ -73,7 +76,7 @@ def lambda_max(
         NoGradientError: the logits do not depend differentiably on the images.
     """
     solver = Solver(estimator=estimator, steps=steps, tolerance=tolerance, batch_statistics=batch_statistics)
-    return _by_parts(lambda part: solver(model, part).values, model, images, whole=batch_statistics)
+    return _by_parts(lambda net, part: solver(net, part).values, model, images, whole=batch_statistics)
 
 
 def leading(
@@ -85,7 +88,8 @@ def leading(
         model, images, estimator, steps, tolerance: see `lambda_max`.
     """
     solver = Solver(estimator=estimator, steps=steps, tolerance=tolerance)
-    found = [solver(model, part) for part in _parts(model, images)]
+    net, parts = _parts(model, images)
+    found = [solver(net, part) for part in parts]
     return torch.cat([part.values for part in found]), torch.cat([part.directions for part in found])
 
 
@@ -107,24 +111,28 @@ def spectrum(model: nn.Module, images: Tensor, *, batch_statistics: bool = False
     if not batch_statistics:
         refuse_mixing(model)
 
-    def values(part: Tensor) -> Tensor:
+    def values(net: nn.Module, part: Tensor) -> Tensor:
         with differentiable(part) as x:
-            found = factor(model(x), x)
+            found = factor(net(x), x)
         ascending: Tensor = torch.linalg.eigvalsh(found.gram) * found.scale[:, None]
         return ascending.flip(1)[:, :-1].clamp(min=0).to(part.dtype)
 
     return _by_parts(values, model, images, whole=batch_statistics)
 
 
-def _by_parts(work: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, *, whole: bool) -> Tensor:
-    return torch.cat([work(part) for part in ([images] if whole else _parts(model, images))])
+def _by_parts(work: Callable[[nn.Module, Tensor], Tensor], model: nn.Module, images: Tensor, *, whole: bool) -> Tensor:
+    net, parts = (model, [images]) if whole else _parts(model, images)
+    return torch.cat([work(net, part) for part in parts])
 
 
-def _parts(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The images in parts whose Jacobians find room."""
+def _parts(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[Tensor]]:
+    """The model, or its cheaper copy where that pays, and the images in parts whose Jacobians find room."""
     if not len(images):
-        return [images]
+        return model, [images]
     refuse_mixing(model)  # before anything is run, which would move its statistics
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
-    return list(torch.split(images, max(ROOM // (classes * images[0].numel()), 1)))
+    room = ROOM // (classes * images[0].numel())
+    parts = list(torch.split(images, min(max(room, 1), AT_ONCE)))
+    still = not any(module.training for module in model.modules())
+    return folded(model, images) if still and len(images) >= MANY else model, parts
