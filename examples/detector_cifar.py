@@ -40,6 +40,7 @@ class Told:
     def __init__(self, name: str, attack: Attack) -> None:
         self.name, self.attack, self.seconds = name, attack, 0.0
         self.threat, self.targeted = attack.threat, attack.targeted
+        self.logits_only = getattr(attack, "logits_only", False)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import Attack, predictions
+from overproof.attacks.folding import folded
 from overproof.attacks.randomness import Streams
 from overproof.errors import DataError, UsageError
 from overproof.evaluation.detected import Detection, Judge, Scored
@@ -107,6 +108,11 @@ class _Field:
             raise DataError(f"The model gets none of these {len(self.images)} images right: there is nothing to detect.")
         return torch.split(found, self.batch_size)
 
+    @cached_property
+    def quick(self) -> nn.Module:
+        """What attacks are shown that need nothing but logits."""
+        return folded(self.model, self._batch(self.rows[0][:8])[0])
+
     def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         device = device_of(self.model)
         return self.images[rows].to(device), self.labels[rows].to(device)
@@ -118,7 +124,8 @@ class _Field:
             x, y = self._batch(rows)
             guess, index = y, rows.to(y.device)
             if attack is not None:
-                result = verdict(attack, self.model, x, y, Streams.named(index, self.seed, "attack", name))
+                through = self.quick if getattr(attack, "logits_only", False) else None
+                result = verdict(attack, self.model, x, y, Streams.named(index, self.seed, "attack", name), through=through)
                 x, guess = result.images, result.predictions
             with torch.no_grad():
                 judgement = self.judge(self.model, x, Streams.named(index, self.seed, "judge", name))
