@@ -69,3 +69,11 @@ def test_somebody_elses_file_is_kept(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="somebody else's file"):
         write_results([], tmp_path / "results", tmp_path / "RESULTS.md")
     assert (tmp_path / "RESULTS.md").read_text() == "mine"
+
+
+def test_small_figures_keep_their_digits(tmp_path: Path) -> None:
+    figures = [figure("median", 0.0194, percent=False, standard_error=0.0012), figure("share", 0.0194), figure("none", 0.0)]
+    shown = table(tmp_path, figures)
+    assert "| median | 0.019 ± 0.001 |" in shown
+    assert "| share | 1.94 |" in shown
+    assert "| none | 0.00 |" in shown

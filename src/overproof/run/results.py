@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,7 +59,7 @@ def _figures(figures: list[dict[str, Any]]) -> list[str]:
     if any(figure["published"] is not None for figure in figures):
         rows = ["| figure | ours | published | source |", "|---|---|---|---|"]
         for figure in figures:
-            published = "" if figure["published"] is None else f"{_factor(figure) * figure['published']:.2f}"
+            published = "" if figure["published"] is None else _told(figure, figure["published"])
             rows.append(f"| {figure['name']} | {_value(figure)} | {published} | {figure['source']} |")
         return rows
     grid, others = _grid(figures)
@@ -94,8 +95,15 @@ def _factor(figure: dict[str, Any]) -> int:
 
 
 def _value(figure: dict[str, Any]) -> str:
-    error = "" if figure["standard_error"] is None else f" ± {_factor(figure) * figure['standard_error']:.2f}"
-    return f"{_factor(figure) * figure['mean']:.2f}{error}"
+    error = "" if figure["standard_error"] is None else f" ± {_told(figure, figure['standard_error'])}"
+    return f"{_told(figure, figure['mean'])}{error}"
+
+
+def _told(figure: dict[str, Any], value: float) -> str:
+    """`value` in the figure's unit with two places, and more where the figure itself is small."""
+    size = abs(_factor(figure) * figure["mean"])
+    places = 2 if size >= 0.1 or size == 0 else min(1 - math.floor(math.log10(size)), 6)
+    return f"{_factor(figure) * value:.{places}f}"
 
 
 def _benchmarks(results: Path) -> list[str]:
