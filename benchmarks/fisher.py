@@ -183,7 +183,7 @@ def measure_eigenvalue(name: str, classes: int, device: str, count: int) -> tupl
     }
     found: dict[str, Tensor] = {}
     rounds: dict[str, list[float]] = {way: [] for way in ways}
-    for way, work in ways.items():
+    for work in ways.values():
         work(images[:2])
     for _ in range(ROUNDS):
         for way, work in ways.items():
@@ -288,7 +288,7 @@ def main() -> None:
     name = "fisher" if device == "cpu" else f"fisher_{device}"
     place = Path(f"results/bench-{name}.json")
     equal, seen = True, {**environment(device), "command": "", "platform": ""}
-    commits = {part: seen["commit"] for part in ("steps", "eigenvalues")}
+    commits = dict.fromkeys(("steps", "eigenvalues"), seen["commit"])
     if options.only and options.save and place.exists():
         known = read_json(place)
         found, equal = {key: dict(known[key]) for key in found}, known["equal"]
