@@ -287,16 +287,16 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {key: {} for key in ("ratios", "spread", "memory_mib", "seconds")}
     name = "fisher" if device == "cpu" else f"fisher_{device}"
     place = Path(f"results/bench-{name}.json")
-    equal, seen = True, {**environment(device), "command": "", "platform": ""}
-    commits = dict.fromkeys(("steps", "eigenvalues"), seen["commit"])
+    seen = {**environment(device), "command": "", "platform": ""}
+    parts: dict[str, Any] = {}
     if options.only and options.save and place.exists():
         known = read_json(place)
-        found, equal = {key: dict(known[key]) for key in found}, known["equal"]
-        commits = {**known.get("commits", dict.fromkeys(commits, known["environment"]["commit"])), options.only: seen["commit"]}
+        found, parts = {key: dict(known[key]) for key in found}, known["parts"]
     if options.only != "eigenvalues":
-        equal = tell_steps(device, found) and equal
+        parts["steps"] = {"equal": tell_steps(device, found), "commit": seen["commit"]}
     if options.only != "steps":
-        equal = tell_eigenvalues(device, options.images, found) and equal
+        parts["eigenvalues"] = {"equal": tell_eigenvalues(device, options.images, found), "commit": seen["commit"]}
+    equal = all(part["equal"] for part in parts.values())
     line = {"name": name, "ratios": found.pop("ratios"), "equal": equal}
     if options.save:
         about = f"One step of fim, 3x32x32, in batches of {', '.join(f'{case[2]} ({label(case)})' for case in CASES)}, against K backward passes "
@@ -305,7 +305,7 @@ def main() -> None:
         )
         about += "lambda_max_rows, lambda_max_dxd: seconds an image of 1x28x28 against one row of the Jacobian at a time, and the D x D matrix; "
         about += "lambda_max_power: the power iteration against the rows."
-        write_json(place, {**line, "about": about, **found, "commits": commits, "environment": seen})
+        write_json(place, {**line, "about": about, **found, "parts": parts, "environment": seen})
     print(json.dumps(line))
 
 

@@ -45,7 +45,7 @@ def test_peers_are_compared_with_the_fastest_correct_one(monkeypatch: pytest.Mon
 
 def test_robust_step_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = runpy.run_path(str(ROOT / "benchmarks" / "robust_step.py"))
-    small = {"PAIRS": 2, "WARM": 1, "BATCH": 8, "STEPS": 3, "STUDENTS": {"cpu": ("resnet8",)}}
+    small = {"PAIRS": 2, "WARM": 1, "BATCH": 8, "PROOF": 4, "STEPS": 3, "STUDENTS": {"cpu": ("resnet8",)}}
     for name, value in small.items():
         monkeypatch.setitem(module["measure"].__globals__, name, value)
     monkeypatch.setattr("sys.argv", ["robust_step.py"])

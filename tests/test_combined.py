@@ -223,6 +223,51 @@ def test_the_copy_follows_a_network_in_training() -> None:
         torch.testing.assert_close(follower.now(model, x.double())(x.double()), model(x.double()))
 
 
+@pytest.mark.parametrize("name", ["preact-resnet18", "wrn-16-1", "resnet8", "mobilenetv2", "vgg8"])
+def test_a_copy_made_before_training_is_right_after_it(name: str) -> None:
+    """Fresh normalisations hardly change what passes them: the copy must not fold one whose input is also a shortcut."""
+    torch.manual_seed(0)
+    model, follower, x = create_model(name, 5, 3, 32), Follower(), torch.rand(6, 3, 32, 32)
+    with in_mode(model):
+        follower.now(model, x)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.weight.data.uniform_(0.5, 1.5)
+    with in_mode(model):
+        copied = follower.now(model, x)
+        assert isinstance(copied, Folded)
+        torch.testing.assert_close(copied(x), model(x), atol=1e-4, rtol=1e-3)
+
+
+class TwoNames(nn.Module):
+    """Its first layers are known by two names; it is asked by either."""
+
+    def __init__(self, *, bias: bool, by_stem: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 3, padding=1, bias=bias), nn.BatchNorm2d(2)
+        self.stem, self.by_stem, self.last = nn.Sequential(self.conv, self.norm), by_stem, nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.stem(x) if self.by_stem else self.norm(self.conv(x))).flatten(1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("by_stem", [False, True])
+def test_the_copy_follows_layers_of_two_names_and_new_layers(*, bias: bool, by_stem: bool) -> None:
+    torch.manual_seed(0)
+    model, follower, x = TwoNames(bias=bias, by_stem=by_stem).eval(), Follower(), torch.rand(4, 1, 4, 4)
+    follower.now(model, x)
+    model.norm.running_var.fill_(4.0)
+    model.norm.running_mean.fill_(0.3)
+    torch.testing.assert_close(follower.now(model, x)(x), model(x))
+    model.last = nn.Linear(32, 5)
+    torch.testing.assert_close(follower.now(model, x)(x), model(x))
+    model.norm = nn.Identity()
+    torch.testing.assert_close(follower.now(model, x)(x), model(x))
+
+
 def test_the_copy_follows_tied_weights_and_leaves_what_does_not_fold() -> None:
     torch.manual_seed(0)
     first, second = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -323,6 +324,24 @@ def test_the_caller_may_have_switched_gradients_off(switch: Callable[[], Any]) -
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(hutchinson, expected[0], rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("switch", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_many_images_go_through_a_copy_that_answers_alike(switch: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, K)
+    ).double()
+    net[1].running_var.uniform_(0.5, 2.0)
+    net, images = net.eval(), torch.rand(home.MANY + 1, 1, 5, 5, dtype=torch.float64, generator=seeded())
+    tools = (fisher.trace, fisher.lambda_max, fisher.spectrum)
+    expected = [torch.cat([tool(net, image) for image in images.split(1)]) for tool in tools]
+    with switch():
+        found = [tool(net, images.clone()) for tool in tools]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert isinstance(net[1], nn.BatchNorm2d)
+    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 # Products and iteration

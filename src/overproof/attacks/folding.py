@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from overproof.networks import in_mode
+from overproof.networks import full_precision, in_mode
 
 TOLERANCE = 1e-4  # of the largest logit; a copy that differs more is not used
 
@@ -32,27 +32,31 @@ class Folded(nn.Module):
         """Images (N, C, H, W) -> logits (N, K)."""
         if images.requires_grad:
             # Channels-last kernels return such gradients; the attacks' arithmetic is fastest in the images' own layout.
+            last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
             images = images.view_as(images)
-            images.register_hook(lambda gradient: gradient.contiguous())  # type: ignore[no-untyped-call]
+            images.register_hook(lambda gradient: gradient.contiguous(memory_format=layout))  # type: ignore[no-untyped-call]
         return self.net(images)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
         """Take over the present weights and statistics of the network this is a copy of."""
-        mine, theirs = (
-            dict(chain(net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)))
-            for net in (self.net, model)
-        )
-        made: dict[str, Tensor] = {}
+        written = set()
         for first, second in self.folds:
-            weight, bias = _fused(model.get_submodule(first), model.get_submodule(second))
-            made |= {f"{first}.weight": weight, f"{first}.bias": bias}
-        for name, value in mine.items():
-            value.copy_(made[name] if name in made else theirs[name])
+            conv = self.net.get_submodule(first)
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
+            for mine, theirs in zip((conv.weight, conv.bias), _fused(model, first, second), strict=True):
+                mine.copy_(theirs)
+                written.add(id(mine))
+        known = dict(_tensors(model))
+        for name, value in _tensors(self.net):
+            if id(value) not in written:  # a layer may have several names
+                value.copy_(known[name])
 
 
 class Follower:
-    """The folded copy of a classifier that is being trained: before each use it takes over the weights and statistics of the hour."""
+    """The folded copy of a classifier that is being trained: before each use it takes over the present weights and statistics."""
 
     def __init__(self) -> None:
         self._made: tuple[nn.Module, tuple[torch.device, torch.dtype], nn.Module] | None = None
@@ -60,7 +64,7 @@ class Follower:
     def now(self, model: nn.Module, images: Tensor) -> nn.Module:
         """The copy as `model` is now, in eval mode; one that is compiled, hooked or has nothing to fold serves itself.
 
-        What the copy answers differs by rounding only.
+        What the copy answers differs by rounding only. Layers may be exchanged between two calls, but not what a layer computes.
 
         Args:
             model: images -> logits (N, K), in eval mode; not registered, moved or changed.
@@ -70,14 +74,41 @@ class Follower:
         if hooked or model._compiled_call_impl is not None or not any(type(m) is nn.BatchNorm2d for m in model.modules()):
             return model
         kind = images.device, images.dtype
-        if self._made is None or self._made[0] is not model or self._made[1] != kind:
-            with torch.autocast(images.device.type, enabled=False):
-                self._made = (model, kind, folded(model, images.detach()))
-        copied = self._made[2]
-        if not isinstance(copied, Folded) or not copied.folds:
-            return model
+        if self._made is not None and self._made[0] is model and self._made[1] == kind:
+            try:
+                return _following(self._made[2], model)
+            except (AssertionError, AttributeError, KeyError, RuntimeError):
+                pass  # other layers than before
+        copied = _provable(model, images)
+        self._made = (model, kind, copied)
+        return _following(copied, model)
+
+
+def _following(copied: nn.Module, model: nn.Module) -> nn.Module:
+    if isinstance(copied, Folded):
         copied.follow(model)
-        return copied
+    return copied
+
+
+def _provable(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy with what may be folded whatever the weights will be, or the model.
+
+    A network that was never trained cannot tell: its normalisations hardly change what passes them, and folding the wrong one makes no
+    difference yet. So the folds are chosen on a copy whose normalisations do something.
+    """
+    draw = torch.Generator().manual_seed(0)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            probe = copy.deepcopy(model)
+            for norm in (m for m in probe.modules() if type(m) is nn.BatchNorm2d and m.running_mean is not None):
+                for tensor, low in ((norm.running_mean, -0.5), (norm.running_var, 0.5), (norm.weight, 0.5), (norm.bias, -0.5)):
+                    if tensor is not None:
+                        tensor.copy_(low + torch.rand(tensor.shape, generator=draw))
+    except Exception:  # see `_copy`
+        return model
+    with full_precision(images.device), torch.autocast(images.device.type, enabled=False):
+        copied = folded(probe, images.detach())
+    return copied if isinstance(copied, Folded) and copied.folds else model
 
 
 def folded(model: nn.Module, images: Tensor) -> nn.Module:
@@ -95,8 +126,8 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
     """
     if isinstance(model, Folded):
         return model
-    few = images[:8]
-    with in_mode(model), torch.no_grad():
+    with in_mode(model), torch.inference_mode(False), torch.no_grad():
+        few = images[:8].clone()  # a copy made of and for tensors that may be differentiated
         expected, pairs = _follow(model, few)
         if net := _copy(model, pairs, few, expected):
             return net
@@ -148,22 +179,29 @@ def _follow(model: nn.Module, images: Tensor) -> tuple[Tensor, list[tuple[str, s
 def _fold(net: nn.Module, model: nn.Module, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     done = []
     for first, second in pairs:
-        conv, norm = net.get_submodule(first), net.get_submodule(second)
+        norm = model.get_submodule(second)
         if norm.running_mean is None or norm.running_var is None or _watched(model, first, second):
             continue
-        conv.weight, conv.bias = _fused(conv, norm)
+        conv = net.get_submodule(first)
+        conv.weight, conv.bias = _fused(model, first, second)
         parent, _, leaf = second.rpartition(".")
         setattr(net.get_submodule(parent), leaf, nn.Identity())
         done.append((first, second))
     return done
 
 
-def _fused(conv: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+def _fused(model: nn.Module, first: str, second: str) -> tuple[nn.Parameter, nn.Parameter]:
+    conv, norm = model.get_submodule(first), model.get_submodule(second)
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under all of their names."""
+    return chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
 
 
 def _watched(model: nn.Module, *names: str) -> bool:

@@ -134,5 +134,6 @@ def _parts(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[Tensor]]:
         classes = model(images[:1]).shape[1]
     room = ROOM // (classes * images[0].numel())
     parts = list(torch.split(images, min(max(room, 1), AT_ONCE)))
-    still = not any(module.training for module in model.modules())
-    return folded(model, images) if still and len(images) >= MANY else model, parts
+    still = model._compiled_call_impl is None and not any(module.training for module in model.modules())
+    copied = folded(model, images) if still and len(images) >= MANY else model
+    return copied if getattr(copied, "folds", ()) else model, parts

@@ -20,10 +20,9 @@ from overproof import console
 from overproof.config import RunConfig, merge, parse_override, resolve
 from overproof.errors import UnknownNameError, UsageError
 from overproof.folder import RunFolder, read_toml
-from overproof.registry import convert
 from overproof.run.execute import execute
 from overproof.run.prepare import Parts, refuse_code
-from overproof.run.seeds import WITHIN
+from overproof.run.seeds import WITHIN, radius_of
 
 ALIKE = ("agreement", "mag-sim", "ang-sim", "fell", "paid")  # metrics of figures that compare two runs
 PROBED = ("accuracy", "consensus", "fooled", "planes")  # likewise, by probes, on other data too
@@ -114,7 +113,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
                 f"metric of figure {figure.name!r}, which compares two runs, of {path}:", figure.metric, (*ALIKE, *PROBED)
             )
         if WITHIN in figure.metric:
-            convert(figure.metric.partition(WITHIN)[2], float, f"{path}, figure {figure.name!r}, metric {figure.metric!r}")
+            radius_of(figure.metric.partition(WITHIN)[2], f"{path}, figure {figure.name!r}, metric {figure.metric!r}")
         if (figure.data or figure.options) and not (figure.against and figure.metric in PROBED):
             raise UsageError(
                 f"{path}, figure {figure.name!r}: `data` and `options` need `against`, and a metric among {', '.join(PROBED)}."

@@ -11,7 +11,7 @@ import numpy as np
 
 from overproof import console
 from overproof.config import RunConfig, resolve
-from overproof.errors import UnknownNameError
+from overproof.errors import UnknownNameError, UsageError
 from overproof.folder import RunFolder
 from overproof.registry import convert
 from overproof.run.execute import execute
@@ -58,7 +58,8 @@ def figure_of(folder: RunFolder, metric: str, evaluation: str = "test-best") -> 
     """One of the `figures`, or "NAME fooling within EPS": what a minimum-norm attack breaks with changes of at most that size.
 
     Raises:
-        UnknownNameError: the evaluation has no such figure.
+        UnknownNameError: the evaluation has no such figure or attack.
+        UsageError: the attack has a radius of its own.
     """
     known = figures(folder, evaluation)
     name, between, radius = metric.partition(WITHIN)
@@ -66,14 +67,30 @@ def figure_of(folder: RunFolder, metric: str, evaluation: str = "test-best") -> 
         if metric not in known:
             raise UnknownNameError(f"figure of {folder.path}, {evaluation}:", metric, known)
         return known[metric]
-    rows = folder.arrays(evaluation)
-    if f"{name}/size" not in rows:
-        raise UnknownNameError(
-            f"attack of {folder.path}, {evaluation}:", name, [key[:-5] for key in rows if key.endswith("/size")]
+    facts = folder.evaluations.get(evaluation, {}).get("attacks", {})
+    if name not in facts:
+        raise UnknownNameError(f"attack of {folder.path}, {evaluation}:", name, facts)
+    if facts[name]["eps"] is not None:
+        raise UsageError(
+            f"{metric!r} of {folder.path}: {name} was bounded by {facts[name]['eps']:.4g}. Only an attack that looks for the smallest "
+            "change, without eps, serves every radius."
         )
+    rows = folder.arrays(evaluation)
     right = rows["prediction"] == rows["label"]
-    broken = right & ~rows[f"{name}/robust"] & (rows[f"{name}/size"] <= convert(radius, float, metric))
+    broken = right & ~rows[f"{name}/robust"] & (rows[f"{name}/size"] <= radius_of(radius, metric))
     return float(broken.sum() / max(right.sum(), 1))
+
+
+def radius_of(text: str, place: str) -> float:
+    """A radius in pixel units, such as "0.5" or "8/255".
+
+    Raises:
+        UsageError: no finite number of at least 0; names the `place`.
+    """
+    radius: float = convert(text, float, place)
+    if not 0 <= radius < math.inf:
+        raise UsageError(f"{place}: {text!r} is no radius; expected a number of at least 0.")
+    return radius
 
 
 def _by_class(shares: Sequence[float | None]) -> dict[str, float | None]:
