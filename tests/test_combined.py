@@ -13,11 +13,11 @@ from overproof.attacks.bpda import BPDA
 from overproof.attacks.combined import Combined, WorstCase
 from overproof.attacks.eot import EOT
 from overproof.attacks.fgsm import FGSM
-from overproof.attacks.folding import Folded, Follower, folded
 from overproof.attacks.pgd import PGD
 from overproof.attacks.randomness import Streams
 from overproof.attacks.transfer import Transfer
 from overproof.errors import NoGradientError, UsageError
+from overproof.folding import Folded, Follower, folded
 from overproof.models import create_model
 from overproof.networks import in_mode
 from overproof.testing import check_attack, small_model

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "overproof"
 FLOORS = [
-    {"errors", "types", "registry", "folder", "console", "networks", "features", "losses", "config"},
+    {"errors", "types", "registry", "folder", "console", "networks", "folding", "features", "losses", "config"},
     {"attacks", "models", "data"},
     {"evaluation", "methods", "guards", "evolution"},
     {"training", "report", "testing", "probes"},

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from overproof import PGD, Cache, Guarded, ImageSet, evaluate, evaluate_guarded, load_guarded, predict
-from overproof.attacks.folding import Folded, folded
 from overproof.attacks.randomness import Streams, normal
 from overproof.cli import call
 from overproof.data import Splits
@@ -27,6 +26,7 @@ from overproof.data.splits import stratified_subset
 from overproof.data.streams import StreamSet
 from overproof.errors import DataError, FolderError, UsageError
 from overproof.evaluation.evaluator import make_attacks
+from overproof.folding import Folded, folded
 from overproof.guards import GUARDS, Guard, Judgement, load_guards, save_guard
 from overproof.guards.base import Place
 from overproof.guards.cache_tuning import THETAS

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import Attack, predictions, won
-from overproof.attacks.folding import folded
 from overproof.attacks.randomness import Streams
 from overproof.attacks.threats import AnyNorm, Threat
 from overproof.errors import NoGradientError, UsageError
+from overproof.folding import folded
 from overproof.networks import in_mode
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import Attack, predictions
-from overproof.attacks.folding import folded
 from overproof.attacks.randomness import Streams
 from overproof.errors import DataError, UsageError
 from overproof.evaluation.detected import Detection, Judge, Scored
 from overproof.evaluation.metrics import quantile
 from overproof.evaluation.verdicts import verdict
+from overproof.folding import folded
 from overproof.networks import device_of, full_precision
 
 STEPS = (1, 2, 3, 5, 10, 20, 50, 100)

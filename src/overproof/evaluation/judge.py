@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from overproof.attacks.base import logits_of
-from overproof.attacks.folding import folded
 from overproof.attacks.randomness import Streams
 from overproof.errors import DataError, NoGradientError
 from overproof.evaluation.counting import Passes
@@ -23,6 +22,7 @@ from overproof.evaluation.pipeline import Chunk, Lane
 from overproof.evaluation.plan import CURVE, Plan, Stage, columns_of
 from overproof.evaluation.verdicts import Verdict, verdict
 from overproof.evaluation.watch import flatness
+from overproof.folding import folded
 from overproof.networks import full_precision, in_mode
 from overproof.types import Batch
 

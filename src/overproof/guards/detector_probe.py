@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import logits_of, predictions
-from overproof.attacks.folding import folded
 from overproof.attacks.randomness import Streams, other_classes
 from overproof.data.pixels import check_images, check_labels
 from overproof.errors import DataError
+from overproof.folding import folded
 from overproof.guards.cache_build import for_model
 from overproof.guards.detector_scores import Walk, fitting_sigma, noise_shift
 from overproof.networks import in_mode

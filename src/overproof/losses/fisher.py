@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.folding import folded
+from overproof.folding import folded
 from overproof.losses.derivatives import differentiable
 from overproof.losses.fisher_eigen import Eigensolver, Leading, Solver, factor
 from overproof.losses.fisher_trace import Estimator, Tracer, refuse_mixing

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.bss import StepSize, Walk, check_walk, draw_targets, walk_to_boundary
-from overproof.attacks.folding import folded
 from overproof.errors import UsageError
+from overproof.folding import folded
 from overproof.losses.boundaries import discrepancy
 from overproof.losses.divergences import cross_entropy, kl_divergence
 from overproof.methods.feature_objective import hard_labels

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.folding import folded
 from overproof.errors import UsageError
 from overproof.features import Tap
+from overproof.folding import folded
 from overproof.losses.divergences import cross_entropy
 from overproof.losses.synthesis import imbalance, statistics_gap
 from overproof.methods.data_free_parts import DISTANCES, Game, Pool, Source, figures, normalisations, watched_layers

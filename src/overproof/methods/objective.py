@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.ascent import Loss, Start, ascend
-from overproof.attacks.folding import Follower
 from overproof.attacks.pgd import PGD
 from overproof.attacks.threats import Norm, Threat, make_ball
 from overproof.errors import UsageError
+from overproof.folding import Follower
 from overproof.losses.divergences import cross_entropy
 from overproof.methods.memory import Memory
 from overproof.models.generators import Generator

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overproof.attacks.folding import Follower
 from overproof.errors import UsageError
+from overproof.folding import Follower
 from overproof.losses.reliability import log_probability, teacher_case
 from overproof.methods.objective import RobustObjective
 from overproof.types import Batch

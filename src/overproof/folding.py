@@ -1,4 +1,4 @@
-"""The same classifier, cheaper to attack: normalisation folded into convolutions, weights frozen, channels last."""
+"""The same classifier, cheaper to ask: normalisation folded into convolutions, weights frozen, channels last."""
 
 from __future__ import annotations
 
