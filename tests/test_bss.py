@@ -778,7 +778,7 @@ def test_recipes_compare_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("recipes/small.toml").write_text(RECIPE)
     made: list[Any] = []
     real = reproduce.similarities
-    monkeypatch.setattr(reproduce, "similarities", lambda *args: made.append(args) or real(*args))
+    monkeypatch.setattr(reproduce, "similarities", lambda *args, **kept: made.append(args) or real(*args, **kept))
     assert reproduce.reproduce(home=Path("recipes")) == {"small": "measured"}
     mag, ang = (figure["mean"] for figure in json.loads(Path("results/small.json").read_text())["figures"])
     assert 0 < mag < 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from overproof.config import RunConfig, resolve
+from overproof.data import Splits
 from overproof.errors import UsageError
 from overproof.evaluation.comparison import Comparison, compare
 from overproof.folder import RunFolder
@@ -37,6 +40,7 @@ def compare_runs(
     split: str = "test",
     limit: int | None = None,
     trusted: bool = False,
+    read: Callable[[RunConfig], Splits] = data_of,
     **options: Any,
 ) -> Comparison:
     """Compare the models of two run folders.
@@ -48,6 +52,7 @@ def compare_runs(
         split: "test", "validation" or "train".
         limit: use only so many images, the classes in proportion.
         trusted: allow a folder that names a package.module:callable to import and run it.
+        read: the data of a configuration.
         **options: metric, images, seed, and options of the metric, as in `compare`.
 
     Raises:
@@ -56,7 +61,7 @@ def compare_runs(
     """
     folders = [RunFolder(path).require() for path in (a, b)]
     config = _common([resolve(folder.config) for folder in folders], folders, data)
-    chosen = part_of(data_of(config), split, limit)
+    chosen = part_of(read(config), split, limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     first, second = (load_model(folder.path, which, trusted=trusted).to(device) for folder in folders)
     names = (str(folders[0].path), str(folders[1].path))
@@ -79,8 +84,20 @@ def _common(configs: list[RunConfig], folders: list[RunFolder], data: str | None
     return configs[0]
 
 
-def similarities(a: str | Path, b: str | Path, which: str) -> dict[str, float]:
-    """How alike two runs are, by the names that figures of a recipe have: agreement, mag-sim, ang-sim."""
-    found = compare_runs(a, b, which=which, metric=("boundary",), images=FIGURE_IMAGES)
+def similarities(a: str | Path, b: str | Path, which: str, kept: dict[str, Splits]) -> dict[str, float]:
+    """How alike two runs are, by the names that figures of a recipe have: agreement, mag-sim, ang-sim.
+
+    Args:
+        a, b, which: see `compare_runs`.
+        kept: data that were read before, and those that are read now.
+    """
+
+    def read(config: RunConfig) -> Splits:
+        key = json.dumps(config.table()["data"])
+        if key not in kept:
+            kept[key] = data_of(config)
+        return kept[key]
+
+    found = compare_runs(a, b, which=which, metric=("boundary",), images=FIGURE_IMAGES, read=read)
     assert found.boundary is not None
     return {"agreement": found.agreement, "mag-sim": found.boundary.mag_sim, "ang-sim": found.boundary.ang_sim}

@@ -90,7 +90,7 @@ def result_of(recipe: Recipe, folders: dict[int, dict[str, RunFolder]]) -> dict[
     first = next(iter(next(iter(folders.values())).values()))
     seen = {key: value for key, value in first.environment.items() if key not in ("command", "platform")}
     runs = {f"{name}/{seed}": folder for seed, named in folders.items() for name, folder in named.items()}
-    alike: dict[Any, dict[str, float]] = {}
+    alike: dict[Any, dict[str, Any]] = {}
     return {
         "name": recipe.name,
         "title": recipe.about.title,
@@ -104,7 +104,7 @@ def result_of(recipe: Recipe, folders: dict[int, dict[str, RunFolder]]) -> dict[
     }
 
 
-def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]], alike: dict[Any, dict[str, float]]) -> dict[str, Any]:
+def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]], alike: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     values = []
     for named in folders.values():
         value = _value(figure, figure.run, named, alike)
@@ -112,7 +112,7 @@ def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]], alike: d
     return {**figure.model_dump(), **mean_and_error(values)}
 
 
-def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[Any, dict[str, float]]) -> float:
+def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[Any, dict[str, Any]]) -> float:
     """The figure of one run; comparisons of two runs are made once and kept in `alike`."""
     if not figure.against:
         return figure_of(named[run], figure.metric, figure.evaluation)
@@ -123,7 +123,7 @@ def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[An
         place = (*key, figure.data, figure.metric, repr(figure.options))
         if place not in alike:
             alike[place] = resemblance(*key, data=figure.data, metric=figure.metric, options=figure.options)
-        return alike[place][figure.metric]
+        return float(alike[place][figure.metric])
     if key not in alike:
-        alike[key] = similarities(*key)
-    return alike[key][figure.metric]
+        alike[key] = similarities(*key, kept=alike.setdefault("data", {}))
+    return float(alike[key][figure.metric])
