@@ -333,7 +333,7 @@ def test_many_images_go_through_a_copy_that_answers_alike(switch: Callable[[], A
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, K)
     ).double()
     net[1].running_var.uniform_(0.5, 2.0)
-    net, images = net.eval(), torch.rand(home.MANY + 1, 1, 5, 5, dtype=torch.float64, generator=seeded())
+    net, images = net.eval(), torch.rand(home.WORTHWHILE + 1, 1, 5, 5, dtype=torch.float64, generator=seeded())
     tools = (fisher.trace, fisher.lambda_max, fisher.spectrum)
     expected = [torch.cat([tool(net, image) for image in images.split(1)]) for tool in tools]
     with switch():

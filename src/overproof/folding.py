@@ -56,9 +56,14 @@ class Folded(nn.Module):
 
 
 class Follower:
-    """The folded copy of a classifier that is being trained: before each use it takes over the present weights and statistics."""
+    """The folded copy of a classifier that is being trained: before each use it takes over the present weights and statistics.
 
-    def __init__(self) -> None:
+    Args:
+        frozen: the classifier never changes, and a copy that was made once is right for good.
+    """
+
+    def __init__(self, *, frozen: bool = False) -> None:
+        self.frozen = frozen
         self._made: tuple[nn.Module, tuple[torch.device, torch.dtype], nn.Module] | None = None
 
     def now(self, model: nn.Module, images: Tensor) -> nn.Module:
@@ -76,12 +81,13 @@ class Follower:
         kind = images.device, images.dtype
         if self._made is not None and self._made[0] is model and self._made[1] == kind:
             try:
-                return _following(self._made[2], model)
+                return self._made[2] if self.frozen else _following(self._made[2], model)
             except (AssertionError, AttributeError, KeyError, RuntimeError):
                 pass  # other layers than before
-        copied = _provable(model, images)
+        with full_precision(images.device):
+            copied = folded(model, images.detach()) if self.frozen else _following(_provable(model, images), model)
         self._made = (model, kind, copied)
-        return _following(copied, model)
+        return copied
 
 
 def _following(copied: nn.Module, model: nn.Module) -> nn.Module:
@@ -107,7 +113,7 @@ def _provable(model: nn.Module, images: Tensor) -> nn.Module:
     except Exception:  # see `_copy`
         return model
     dice = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])  # nobody shall notice that it was tried
-    with dice, full_precision(images.device), torch.autocast(images.device.type, enabled=False):
+    with dice:
         copied = folded(probe, images.detach())
     return copied if isinstance(copied, Folded) and copied.folds else model
 

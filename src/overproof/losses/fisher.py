@@ -18,7 +18,7 @@ from overproof.losses.fisher_trace import Estimator, Tracer, refuse_mixing
 
 ROOM = 2**26  # numbers of the Jacobians that are held at once: a quarter of a GiB
 AT_ONCE = 256  # images: beyond that, caches are too small
-MANY = 32  # images for which a copy with BatchNorm folded into the convolutions is worth making
+WORTHWHILE = 32  # images for which a copy with BatchNorm folded into the convolutions is worth making
 
 __all__ = ["Estimator", "Leading", "Solver", "Tracer", "lambda_max", "leading", "spectrum", "trace"]
 
@@ -135,5 +135,5 @@ def _parts(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[Tensor]]:
     room = ROOM // (classes * images[0].numel())
     parts = list(torch.split(images, min(max(room, 1), AT_ONCE)))
     still = model._compiled_call_impl is None and not any(module.training for module in model.modules())
-    copied = folded(model, images) if still and len(images) >= MANY else model
+    copied = folded(model, images) if still and len(images) >= WORTHWHILE else model
     return copied if getattr(copied, "folds", ()) else model, parts

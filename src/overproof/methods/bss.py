@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from overproof.attacks.bss import StepSize, Walk, check_walk, draw_targets, walk_to_boundary
 from overproof.errors import UsageError
-from overproof.folding import folded
+from overproof.folding import Follower
 from overproof.losses.boundaries import discrepancy
 from overproof.losses.divergences import cross_entropy, kl_divergence
 from overproof.methods.feature_objective import hard_labels
 from overproof.methods.objective import Objective
-from overproof.networks import device_of
 from overproof.types import Batch, Output, Progress
 
 ENOUGH = 0.5  # share of the walks that should cross
@@ -82,7 +81,7 @@ class BSS(Objective):
         self.temperature, self.kd_weight, self.bss_weight, self.bss_until = temperature, kd_weight, bss_weight, bss_until
         self.base_samples, self.keep_failed = base_samples, keep_failed
         self.step_size, self.overshoot, self.steps, self.clamp = step_size, overshoot, steps, clamp
-        self._quick: tuple[nn.Module, ...] = ()  # in a tuple, for it is no part of what is trained, moved or saved
+        self._quick = Follower(frozen=True)
 
     def weights(self, done: float) -> tuple[float, float]:
         """Alpha and beta when the share `done` of training lies behind."""
@@ -121,11 +120,9 @@ class BSS(Objective):
             )
 
     def _quick_teacher(self, images: Tensor) -> nn.Module:
-        """A copy of the teacher that is cheaper to walk on; the teacher never changes, so one is enough."""
+        """A copy of the teacher that is cheaper to walk on."""
         assert self.teacher is not None
-        if not self._quick or device_of(self._quick[0]) != images.device:
-            self._quick = (folded(self.teacher, images),)
-        return self._quick[0]
+        return self._quick.now(self.teacher, images)
 
     def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
         """Whether enough walks reach the boundary they are sent to."""

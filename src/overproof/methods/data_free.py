@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from overproof.errors import UsageError
 from overproof.features import Tap
-from overproof.folding import folded
+from overproof.folding import Follower
 from overproof.losses.divergences import cross_entropy
 from overproof.losses.synthesis import imbalance, statistics_gap
 from overproof.methods.data_free_parts import DISTANCES, Game, Pool, Source, figures, normalisations, watched_layers
@@ -57,7 +57,7 @@ class DataFree(Objective):
         self.generator = source.build(student, teacher)
         self.normalisations = normalisations(teacher) if game.statistics else {}
         self.pool = Pool(game.pool, self.generator.shape, teacher) if game.replay else None
-        self._copy: tuple[torch.device, torch.dtype, nn.Module] | None = None  # in a tuple it is no submodule
+        self._copy = Follower(frozen=True)
         self._tap: tuple[Tap] | None = None
         self._ahead: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = None
         self._before = math.inf  # relative discrepancy of the epoch before
@@ -204,14 +204,7 @@ class DataFree(Objective):
     def _served(self, images: Tensor) -> nn.Module:
         """The teacher, or a cheaper copy that gives the same logits."""
         assert self.teacher is not None
-        teacher: nn.Module = self.teacher
-        normalised = any(isinstance(part, nn.BatchNorm2d) for part in teacher.modules())
-        if not normalised or teacher._compiled_call_impl is not None:
-            return teacher
-        if self._copy is None or self._copy[:2] != (images.device, images.dtype):
-            with torch.autocast(images.device.type, enabled=False):
-                self._copy = (images.device, images.dtype, folded(teacher, images.detach()))
-        return self._copy[2]
+        return self._copy.now(self.teacher, images)
 
     def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
         """A student that diverges, and a generator that has collapsed, with the quantity that says so."""

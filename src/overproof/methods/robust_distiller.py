@@ -50,7 +50,7 @@ class RobustDistiller(RobustObjective):
     def __init__(self, student: nn.Module, teacher: nn.Module, *, watch: bool = True, **attack: Any) -> None:
         super().__init__(student, teacher, **attack)
         self.watch = watch
-        self._teacher_copy = Follower()
+        self._teacher_copy = Follower(frozen=True)
 
     def ask(self, batch: Batch, images: Tensor, also: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The teacher's logits (N, K) on `images`, and on `also` if given: one pass, but for logits that are known already."""
