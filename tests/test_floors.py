@@ -56,6 +56,7 @@ SHARED = {
     "feature_objective",
     "feature_probe",
     "feature_adapters",
+    "robust_objective",
     "feature_parts",
     "feature_bank",
     "data_free",

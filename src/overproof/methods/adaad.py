@@ -8,8 +8,8 @@ from overproof.attacks.threats import Norm
 from overproof.errors import UsageError
 from overproof.losses.divergences import kl_divergence
 from overproof.methods.introspective import Introspective
-from overproof.methods.objective import AttackMode
 from overproof.methods.robust_distiller import RobustDistiller
+from overproof.methods.robust_objective import AttackMode
 from overproof.types import Batch, Output, Progress
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from overproof.attacks.threats import Norm
 from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy, kl_divergence
-from overproof.methods.objective import AttackMode
 from overproof.methods.robust_distiller import RobustDistiller
+from overproof.methods.robust_objective import AttackMode
 from overproof.types import Batch, Output, Progress
 
 

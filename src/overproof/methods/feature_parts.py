@@ -12,7 +12,8 @@ from overproof.errors import UsageError
 from overproof.methods import METHODS
 from overproof.methods.feature_objective import FeatureObjective, View
 from overproof.methods.feature_probe import ImageShape
-from overproof.methods.objective import Objective, RobustObjective
+from overproof.methods.objective import Objective
+from overproof.methods.robust_objective import RobustObjective
 from overproof.methods.shared_forward import SharedForward
 from overproof.types import Batch, Output, Progress
 

@@ -18,7 +18,8 @@ from overproof.losses.fisher_eigen import Solver
 from overproof.losses.fisher_trace import ESTIMATORS, Tracer
 from overproof.methods.fim_memory import ClassVectors
 from overproof.methods.fim_serving import see_what_serves
-from overproof.methods.objective import AttackMode, Objective
+from overproof.methods.objective import Objective
+from overproof.methods.robust_objective import AttackMode
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 

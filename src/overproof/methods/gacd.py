@@ -19,7 +19,7 @@ from overproof.losses.reliability import trust
 from overproof.methods.feature_objective import FeatureObjective, View, hard_labels, shaped
 from overproof.methods.feature_probe import ImageShape
 from overproof.methods.gacd_contrast import Contrast, Negatives
-from overproof.methods.objective import AttackMode, RobustObjective
+from overproof.methods.robust_objective import AttackMode, RobustObjective
 from overproof.methods.shared_forward import Lesson
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress

@@ -8,8 +8,8 @@ from overproof.attacks.threats import Norm
 from overproof.losses.divergences import cross_entropy, kl_divergence
 from overproof.losses.reliability import introspection
 from overproof.methods.introspective import Introspective
-from overproof.methods.objective import AttackMode
 from overproof.methods.robust_distiller import TwoTeachers, check_shares
+from overproof.methods.robust_objective import AttackMode
 from overproof.types import Batch, Output, Progress
 
 

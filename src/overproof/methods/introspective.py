@@ -11,8 +11,8 @@ from overproof.attacks.threats import Norm
 from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy, kl_divergence
 from overproof.losses.reliability import introspection, trust
-from overproof.methods.objective import AttackMode
 from overproof.methods.robust_distiller import ALPHA, PROBABILITY, RobustDistiller
+from overproof.methods.robust_objective import AttackMode
 from overproof.types import Batch, Progress
 
 

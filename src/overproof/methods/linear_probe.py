@@ -13,7 +13,7 @@ from overproof.attacks.threats import Norm
 from overproof.features import INPUT, Tap, last_linear
 from overproof.losses.divergences import cross_entropy
 from overproof.losses.feature_distances import wide
-from overproof.methods.objective import RobustObjective
+from overproof.methods.robust_objective import RobustObjective
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 

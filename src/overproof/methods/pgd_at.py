@@ -6,7 +6,7 @@ from torch import nn
 
 from overproof.attacks.threats import Norm
 from overproof.losses.divergences import cross_entropy
-from overproof.methods.objective import AttackMode, RobustObjective
+from overproof.methods.robust_objective import AttackMode, RobustObjective
 from overproof.types import Batch, Output, Progress
 
 

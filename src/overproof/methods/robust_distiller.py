@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from overproof.errors import UsageError
 from overproof.folding import Follower
 from overproof.losses.reliability import log_probability, teacher_case
-from overproof.methods.objective import RobustObjective
+from overproof.methods.robust_objective import RobustObjective
 from overproof.types import Batch
 
 PROBABILITY = "teacher reliability/probability of the label"  # FAMILY/MEMBER: the report draws a family together

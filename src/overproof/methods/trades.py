@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from overproof.attacks.threats import Norm
 from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy, kl_divergence
-from overproof.methods.objective import AttackMode, RobustObjective
+from overproof.methods.robust_objective import AttackMode, RobustObjective
 from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 

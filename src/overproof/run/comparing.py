@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,20 +83,14 @@ def _common(configs: list[RunConfig], folders: list[RunFolder], data: str | None
     return configs[0]
 
 
-def similarities(a: str | Path, b: str | Path, which: str, kept: dict[str, Splits]) -> dict[str, float]:
+def similarities(
+    a: str | Path, b: str | Path, which: str, *, read: Callable[[RunConfig], Splits] = data_of
+) -> dict[str, float]:
     """How alike two runs are, by the names that figures of a recipe have: agreement, mag-sim, ang-sim.
 
     Args:
-        a, b, which: see `compare_runs`.
-        kept: data that were read before, and those that are read now.
+        a, b, which, read: see `compare_runs`.
     """
-
-    def read(config: RunConfig) -> Splits:
-        key = json.dumps(config.table()["data"])
-        if key not in kept:
-            kept[key] = data_of(config)
-        return kept[key]
-
     found = compare_runs(a, b, which=which, metric=("boundary",), images=FIGURE_IMAGES, read=read)
     assert found.boundary is not None
     return {"agreement": found.agreement, "mag-sim": found.boundary.mag_sim, "ang-sim": found.boundary.ang_sim}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from overproof import console
 from overproof.config import RunConfig, resolve
+from overproof.data import Splits
 from overproof.data.modifiers import MODIFIERS
 from overproof.errors import UsageError
 from overproof.folder import RunFolder
@@ -160,7 +161,14 @@ def _domains(seen: Material) -> tuple[str, ...]:
 
 
 def resemblance(
-    run: Path, other: Path, which: str, *, data: str, metric: str, options: Mapping[str, Any] | None = None
+    run: Path,
+    other: Path,
+    which: str,
+    *,
+    data: str,
+    metric: str,
+    options: Mapping[str, Any] | None = None,
+    read: Callable[[RunConfig], Splits] = data_of,
 ) -> dict[str, float]:
     """A figure of a recipe about one run and another, by its name: accuracy, consensus, planes or fooled.
 
@@ -170,9 +178,10 @@ def resemblance(
         data: another set than the run's own, or a change of it; "" for none.
         metric: the name.
         options: of the probe.
+        read: the data of a configuration.
     """
     config = resolve(RunFolder(run).config)
-    images = data_of(with_data(config, _full(config, data)) if data else config).test
+    images = read(with_data(config, _full(config, data)) if data else config).test
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {"teacher": load_model(other, which).to(device), "student": load_model(run, which).to(device)}
     lab, given = Lab(models, images, Store(other / HOME)), dict(options or {})

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from overproof import console
+from overproof.config import RunConfig
+from overproof.data import Splits
 from overproof.errors import UnknownNameError
 from overproof.folder import RunFolder, write_json
 from overproof.run.comparing import similarities
 from overproof.run.explaining import resemblance
 from overproof.run.grouping import losers
+from overproof.run.prepare import data_of
 from overproof.run.recipes import PROBED, Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.results import write_results
 from overproof.run.seeds import figure_of, mean_and_error
@@ -90,40 +94,58 @@ def result_of(recipe: Recipe, folders: dict[int, dict[str, RunFolder]]) -> dict[
     first = next(iter(next(iter(folders.values())).values()))
     seen = {key: value for key, value in first.environment.items() if key not in ("command", "platform")}
     runs = {f"{name}/{seed}": folder for seed, named in folders.items() for name, folder in named.items()}
-    alike: dict[Any, dict[str, Any]] = {}
+    asked = Asked()
     return {
         "name": recipe.name,
         "title": recipe.about.title,
         "paper": recipe.about.paper,
         "notes": recipe.about.notes,
         "seeds": list(folders),
-        "figures": [_measured(figure, folders, alike) for figure in recipe.figures],
+        "figures": [_measured(figure, folders, asked) for figure in recipe.figures],
         "seconds": {name: folder.status.get("seconds") for name, folder in runs.items()},
         "environment": seen,
         "command": f"overproof reproduce {recipe.name}",
     }
 
 
-def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]], alike: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]], asked: Asked) -> dict[str, Any]:
     values = []
     for named in folders.values():
-        value = _value(figure, figure.run, named, alike)
-        values.append(value - (_value(figure, figure.minus, named, alike) if figure.minus else 0))
+        value = asked.value(figure, figure.run, named)
+        values.append(value - (asked.value(figure, figure.minus, named) if figure.minus else 0))
     return {**figure.model_dump(), **mean_and_error(values)}
 
 
-def _value(figure: Figure, run: str, named: dict[str, RunFolder], alike: dict[Any, dict[str, Any]]) -> float:
-    """The figure of one run; comparisons of two runs are made once and kept in `alike`."""
-    if not figure.against:
-        return figure_of(named[run], figure.metric, figure.evaluation)
-    if figure.metric in ("fell", "paid"):
-        return losers(named[run], named[figure.against], figure.evaluation)[figure.metric]
-    key = (named[run].path, named[figure.against].path, figure.evaluation.removeprefix("test-"))
-    if figure.metric in PROBED:
-        place = (*key, figure.data, figure.metric, repr(figure.options))
-        if place not in alike:
-            alike[place] = resemblance(*key, data=figure.data, metric=figure.metric, options=figure.options)
-        return float(alike[place][figure.metric])
-    if key not in alike:
-        alike[key] = similarities(*key, kept=alike.setdefault("data", {}))
-    return float(alike[key][figure.metric])
+class Asked:
+    """What figures ask about runs and about pairs of runs: data are read once, and pairs are compared once."""
+
+    def __init__(self) -> None:
+        self._data: dict[str, Splits] = {}
+        self._alike: dict[tuple[Any, ...], dict[str, float]] = {}
+
+    def value(self, figure: Figure, run: str, named: dict[str, RunFolder]) -> float:
+        """The figure of one run, and of the one it is held against, if any."""
+        if not figure.against:
+            return figure_of(named[run], figure.metric, figure.evaluation)
+        other = named[figure.against]
+        if figure.metric in ("fell", "paid"):
+            return losers(named[run], other, figure.evaluation)[figure.metric]
+        pair = (named[run].path, other.path, figure.evaluation.removeprefix("test-"))
+        if figure.metric not in PROBED:
+            found = self._once(pair, lambda: similarities(*pair, read=self._read))
+            return found[figure.metric]
+        data, metric, options = figure.data, figure.metric, figure.options
+        place = (*pair, data, metric, repr(options))
+        found = self._once(place, lambda: resemblance(*pair, data=data, metric=metric, options=options, read=self._read))
+        return found[metric]
+
+    def _once(self, place: tuple[Any, ...], make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        if place not in self._alike:
+            self._alike[place] = make()
+        return self._alike[place]
+
+    def _read(self, config: RunConfig) -> Splits:
+        key = json.dumps(config.table()["data"])
+        if key not in self._data:
+            self._data[key] = data_of(config)
+        return self._data[key]

@@ -7,7 +7,8 @@ from overproof.data import DATA
 from overproof.data.modifiers import split_name
 from overproof.errors import UsageError
 from overproof.methods import METHODS
-from overproof.methods.objective import Objective, RobustObjective
+from overproof.methods.objective import Objective
+from overproof.methods.robust_objective import RobustObjective
 from overproof.registry import Entry
 
 

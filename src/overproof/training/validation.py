@@ -16,7 +16,8 @@ from overproof.config import TrainConfig
 from overproof.errors import UsageError
 from overproof.evaluation.verdicts import verdict
 from overproof.losses.divergences import cross_entropy
-from overproof.methods.objective import Objective, RobustObjective
+from overproof.methods.objective import Objective
+from overproof.methods.robust_objective import RobustObjective
 from overproof.networks import full_precision, in_mode
 from overproof.types import Batch
 
