@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from overproof.cli import call
+from overproof.errors import UnknownNameError
 from overproof.folder import RunFolder
 
 QUICK = ["--data", "digits", "--set", "data.limit_train=200", "--set", "data.limit_test=50", "--epochs", "1"]
@@ -146,6 +147,18 @@ def test_recipe_and_reproduce(capsys: pytest.CaptureFixture[str]) -> None:
     table = Path("RESULTS.md").read_text()
     assert f"| clean accuracy of KD | {50 * sum(values):.2f} ±" in table
     assert "| 50.00 | nowhere |" in table
+
+
+def test_figures_of_what_a_method_told(tmp_path: Path) -> None:
+    from overproof.run.seeds import figure_of
+
+    folder = RunFolder(tmp_path)
+    epochs = ({"loss": 2.0, "searched": 0.25}, {"loss": 1.0, "searched": 0.5}, {"loss": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"train": told}) + "\n" for told in epochs))
+    assert figure_of(folder, "logged loss") == 0.5
+    assert figure_of(folder, "logged searched") == 0.5
+    with pytest.raises(UnknownNameError, match="Did you mean 'searched'"):
+        figure_of(folder, "logged serched")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from overproof.registry import convert
 from overproof.run.execute import execute
 from overproof.run.prepare import Parts
 
-WITHIN = " fooling within "
+WITHIN, LOGGED = " fooling within ", "logged "
 
 
 def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, trusted: bool = False) -> list[RunFolder]:
@@ -55,12 +55,18 @@ def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float
 
 
 def figure_of(folder: RunFolder, metric: str, evaluation: str = "test-best") -> float:
-    """One of the `figures`, or "NAME fooling within EPS": what a minimum-norm attack breaks with changes of at most that size.
+    """One of the `figures`; "NAME fooling within EPS": what a minimum-norm attack breaks with changes of at most that size;
+    "logged NAME": what the method told of itself, mean over the last epoch in which it did.
 
     Raises:
-        UnknownNameError: the evaluation has no such figure or attack.
+        UnknownNameError: the evaluation has no such figure or attack, or the method told no such thing.
         UsageError: the attack has a radius of its own.
     """
+    if metric.startswith(LOGGED):
+        told = {name: value for epoch in folder.metrics for name, value in epoch["train"].items()}
+        if (name := metric.removeprefix(LOGGED)) not in told:
+            raise UnknownNameError(f"logged figure of {folder.path}:", name, told)
+        return float(told[name])
     known = figures(folder, evaluation)
     name, between, radius = metric.partition(WITHIN)
     if not between:
