@@ -59,6 +59,11 @@ def test_flat_networks_example(tmp_path: Path) -> None:
     assert "tensor" in run_python("import torch; torch.set_num_threads(1)\n" + code, tmp_path)
 
 
+def test_distilling_example(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs/distilling.md", "python")
+    float(run_python(SETTING + "import copy\nmy_teacher = copy.deepcopy(my_student)\n" + code, tmp_path).split()[-1])
+
+
 def test_guards_example(tmp_path: Path) -> None:
     code, *_ = blocks(ROOT / "docs/guards.md", "python")
     names = "model, validation_images, validation_labels = my_student, *(torch.rand(32, 3, 32, 32), labels)\n"
@@ -105,7 +110,17 @@ def test_readme_commands_name_real_options() -> None:
     """Every command of the README is understood (shown by asking each for its help) and its options exist."""
     from overproof.cli import app
 
-    names = ("attacks", "guards", "purifier", "evolving-generators", "explain", "without-data", "who-paid", "flat-networks")
+    names = (
+        "distilling",
+        "attacks",
+        "guards",
+        "purifier",
+        "evolving-generators",
+        "explain",
+        "without-data",
+        "who-paid",
+        "flat-networks",
+    )
     pages = ("README.md", *(f"docs/{name}.md" for name in names))
     text = "\n".join(block for page in pages for block in blocks(ROOT / page, "sh"))
     commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("overproof")]
