@@ -35,9 +35,10 @@ def run_python(code: str, cwd: Path) -> str:
 
 
 def test_readme_example(tmp_path: Path) -> None:
-    (code,) = blocks(ROOT / "README.md", "python")
+    code = "\n".join(blocks(ROOT / "README.md", "python"))
+    code += "\nserved = torch.export.load('student.pt2').module()\nassert torch.equal(served(images), student(images))\n"
     assert "Evaluation(clean" in run_python(SETTING + code, tmp_path)
-    assert (tmp_path / "runs/kd/config.toml").exists()
+    assert (tmp_path / "runs/mine/config.toml").exists()
 
 
 def test_extending_examples(tmp_path: Path) -> None:
@@ -61,7 +62,11 @@ def test_flat_networks_example(tmp_path: Path) -> None:
 
 def test_distilling_example(tmp_path: Path) -> None:
     (code,) = blocks(ROOT / "docs/distilling.md", "python")
-    float(run_python(SETTING + "import copy\nmy_teacher = copy.deepcopy(my_student)\n" + code, tmp_path).split()[-1])
+    float(
+        run_python(
+            SETTING + "import copy\nmy_dataset, my_teacher = (images, labels), copy.deepcopy(my_student)\n" + code, tmp_path
+        ).split()[-1]
+    )
 
 
 def test_guards_example(tmp_path: Path) -> None:
