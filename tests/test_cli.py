@@ -157,6 +157,7 @@ def test_figures_of_what_a_method_told(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"train": told}) + "\n" for told in epochs))
     assert figure_of(folder, "logged loss") == 0.5
     assert figure_of(folder, "logged searched") == 0.5
+    assert figure_of(folder, "first logged searched") == 0.25
     with pytest.raises(UnknownNameError, match="Did you mean 'searched'"):
         figure_of(folder, "logged serched")
 

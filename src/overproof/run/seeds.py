@@ -17,7 +17,7 @@ from overproof.registry import convert
 from overproof.run.execute import execute
 from overproof.run.prepare import Parts
 
-WITHIN, LOGGED = " fooling within ", "logged "
+WITHIN, LOGGED, FIRST = " fooling within ", "logged ", "first "
 
 
 def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, trusted: bool = False) -> list[RunFolder]:
@@ -56,15 +56,16 @@ def figures(folder: RunFolder, evaluation: str = "test-best") -> dict[str, float
 
 def figure_of(folder: RunFolder, metric: str, evaluation: str = "test-best") -> float:
     """One of the `figures`; "NAME fooling within EPS": what a minimum-norm attack breaks with changes of at most that size;
-    "logged NAME": what the method told of itself, mean over the last epoch in which it did.
+    "logged NAME" and "first logged NAME": what the method told of itself, mean over the last and the first epoch in which it did.
 
     Raises:
         UnknownNameError: the evaluation has no such figure or attack, or the method told no such thing.
         UsageError: the attack has a radius of its own.
     """
-    if metric.startswith(LOGGED):
-        told = {name: value for epoch in folder.metrics for name, value in epoch["train"].items()}
-        if (name := metric.removeprefix(LOGGED)) not in told:
+    if (logged := metric.removeprefix(FIRST)).startswith(LOGGED):
+        epochs = folder.metrics if logged == metric else reversed(folder.metrics)
+        told = {name: value for epoch in epochs for name, value in epoch["train"].items()}
+        if (name := logged.removeprefix(LOGGED)) not in told:
             raise UnknownNameError(f"logged figure of {folder.path}:", name, told)
         return float(told[name])
     known = figures(folder, evaluation)
