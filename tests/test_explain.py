@@ -350,7 +350,7 @@ def test_figures_of_recipes_by_probes(tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in kept] == times
     for wrong, error, words in (
         (f'{FIGURE}metric = "acuracy"\n', UnknownNameError, "accuracy"),
-        (f'{FIGURE}metric = "agreement"\ndata = "color"\n', UsageError, "`data` and `options` need"),
+        (f'{FIGURE}metric = "agreement"\ndata = "color"\n', UsageError, "`data` needs"),
     ):
         path.write_text(RECIPE + wrong)
         with pytest.raises(error, match=words):

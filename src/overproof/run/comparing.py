@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,20 @@ def _common(configs: list[RunConfig], folders: list[RunFolder], data: str | None
 
 
 def similarities(
-    a: str | Path, b: str | Path, which: str, *, read: Callable[[RunConfig], Splits] = data_of
+    a: str | Path,
+    b: str | Path,
+    which: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    read: Callable[[RunConfig], Splits] = data_of,
 ) -> dict[str, float]:
     """How alike two runs are, by the names that figures of a recipe have: agreement, mag-sim, ang-sim.
 
     Args:
         a, b, which, read: see `compare_runs`.
+        options: of the comparison of boundaries, such as images and targets.
     """
-    found = compare_runs(a, b, which=which, metric=("boundary",), images=FIGURE_IMAGES, read=read)
+    chosen = {"images": FIGURE_IMAGES, **(options or {})}
+    found = compare_runs(a, b, which=which, metric=("boundary",), read=read, **chosen)
     assert found.boundary is not None
     return {"agreement": found.agreement, "mag-sim": found.boundary.mag_sim, "ang-sim": found.boundary.ang_sim}

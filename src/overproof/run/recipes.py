@@ -25,6 +25,7 @@ from overproof.run.prepare import Parts, refuse_code
 from overproof.run.seeds import WITHIN, radius_of
 
 ALIKE = ("agreement", "mag-sim", "ang-sim", "fell", "paid")  # metrics of figures that compare two runs
+WALKED = ("mag-sim", "ang-sim")  # of these, those of boundaries
 PROBED = ("accuracy", "consensus", "fooled", "planes")  # likewise, by probes, on other data too
 
 
@@ -53,7 +54,7 @@ class Figure(BaseModel):
         "", description="a run with which the run is compared: agreement, mag-sim, ang-sim, fell, paid, or by probes"
     )
     data: str = Field("", description="of figures by probes: another set than the run's own, or a change of it such as color")
-    options: dict[str, Any] = Field(default_factory=dict, description="of the probe, such as eps")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the comparison or probe, such as targets or eps")
     percent: bool = Field(True, description="a share, told in per cent; else as it is (trace, lambda_max, ...)")
     published: float | None = None
     source: str = ""
@@ -114,10 +115,11 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             )
         if WITHIN in figure.metric:
             radius_of(figure.metric.partition(WITHIN)[2], f"{path}, figure {figure.name!r}, metric {figure.metric!r}")
-        if (figure.data or figure.options) and not (figure.against and figure.metric in PROBED):
-            raise UsageError(
-                f"{path}, figure {figure.name!r}: `data` and `options` need `against`, and a metric among {', '.join(PROBED)}."
-            )
+        for key, useful in (("data", PROBED), ("options", (*PROBED, *WALKED))):
+            if getattr(figure, key) and not (figure.against and figure.metric in useful):
+                raise UsageError(
+                    f"{path}, figure {figure.name!r}: `{key}` needs `against`, and a metric among {', '.join(useful)}."
+                )
     return recipe
 
 

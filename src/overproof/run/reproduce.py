@@ -131,10 +131,10 @@ class Asked:
         if figure.metric in ("fell", "paid"):
             return losers(named[run], other, figure.evaluation)[figure.metric]
         pair = (named[run].path, other.path, figure.evaluation.removeprefix("test-"))
-        if figure.metric not in PROBED:
-            found = self._once(pair, lambda: similarities(*pair, read=self._read))
-            return found[figure.metric]
         data, metric, options = figure.data, figure.metric, figure.options
+        if metric not in PROBED:
+            found = self._once((*pair, repr(options)), lambda: similarities(*pair, options=options, read=self._read))
+            return found[metric]
         place = (*pair, data, metric, repr(options))
         found = self._once(place, lambda: resemblance(*pair, data=data, metric=metric, options=options, read=self._read))
         return found[metric]
