@@ -618,6 +618,19 @@ def test_a_flat_map_is_looked_at_everywhere() -> None:
     assert torch.equal(find_boxes(flat, 8, generator=seeded(1)), find_boxes(flat, 8, generator=seeded(1)))
 
 
+def test_a_dead_head_is_told() -> None:
+    objective, batch = build()
+    alive = {name: float(value) for name, value in objective(batch, NOW).logs.items()}
+    assert not objective.concerns(alive)
+    for part in objective.head.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.zeros_(part.weight)
+            nn.init.constant_(part.bias, -1.0)
+    dead = {name: float(value) for name, value in objective(batch, NOW).logs.items()}
+    assert "method.area_loss_weight (now 1000" in objective.concerns(dead)["heat spread"]
+    assert not build(areas=0)[0].concerns({})
+
+
 def test_box_shares_cover_whole_cells() -> None:
     head = AreaHead(4, 3)
     maps = feature(channels=4, side=8).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -97,12 +98,8 @@ class SoKD(Compound):
                 "sokd: search_epochs, areas, area_loss_weight, smallest_box and base_weight must be at least 0 and unroll_step positive, "
                 f"not {search_epochs}, {areas}, {area_loss_weight}, {smallest_box}, {base_weight} and {unroll_step}."
             )
-        self.search, self.search_epochs, self.search_images, self.unroll_step = (
-            search,
-            search_epochs,
-            search_images,
-            unroll_step,
-        )
+        self.search, self.search_epochs, self.search_images = search, search_epochs, search_images
+        self.unroll_step = unroll_step
         self.areas, self.area_loss_weight, self.overlap, self.smallest_box = areas, area_loss_weight, overlap, smallest_box
         part = make_part(base, student, teacher, options=base_options or {}, image_shape=image_shape, samples=samples)
         parts = [part]
@@ -229,6 +226,10 @@ class SoKD(Compound):
         return unrolled(
             self.policy, step.draw, step.leaves, parameters, inner=inner, outer=outer, step=self.unroll_step, decay=DECAY
         )
+
+    def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
+        """Those of all parts, and a head that has died."""
+        return {**super().concerns(means), **AreaHead.died(means.get("heat spread"), self.area_loss_weight)}
 
     def describe(self) -> dict[str, Any]:
         """The learned policy and the size of what is thrown away, in plain values."""

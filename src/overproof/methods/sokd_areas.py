@@ -36,6 +36,17 @@ class AreaHead(nn.Module):
         heat, size, offset = (last(part).relu() for last, part in zip(self.last, inside, strict=True))
         return torch.cat([heat.sigmoid(), size, offset], dim=1)
 
+    @staticmethod
+    def died(spread: float | None, weight: float) -> dict[str, str]:
+        """What a person should know if the heat spreads so much over the cells (None: there is no head)."""
+        if spread is None or spread >= TIE:
+            return {}
+        told = (
+            f"sokd: the head that looks for areas has died (its heat spreads by {spread:.2g}), and its boxes lie at random. Its own term "
+            f"asks for that: lower method.area_loss_weight (now {weight:g}; the authors' 1000 is meant for hundreds of epochs)."
+        )
+        return {"heat spread": told}
+
 
 def find_boxes(areas: Tensor, count: int, *, smallest: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
     """The corners of the `count` hottest boxes, (N, count, 4) as x1, y1, x2, y2: whole cells, ends included.
