@@ -31,7 +31,7 @@ from overproof.config import TrainConfig, resolve
 from overproof.data import DeviceLoader, ImageSet, Splits, StreamSet, load_extra, make_loader, make_mixed
 from overproof.errors import DataError, UsageError
 from overproof.folder import RunFolder, read_toml, write_toml
-from overproof.methods import METHODS, objective
+from overproof.methods import METHODS, objective, robust_objective
 from overproof.methods.ard import ARD
 from overproof.methods.ce import CE
 from overproof.methods.kd import KD
@@ -125,8 +125,8 @@ def test_both_passes_see_the_images_crafted_at_the_unmoved_weights(linear: nn.Se
 
 def test_attack_and_teacher_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = [], []
-    original = objective.ascend
-    monkeypatch.setattr(objective, "ascend", lambda *a, **k: made.append(1) or original(*a, **k))
+    original = robust_objective.ascend
+    monkeypatch.setattr(robust_objective, "ascend", lambda *a, **k: made.append(1) or original(*a, **k))
     teacher = small_model(1).eval()
     teacher.register_forward_hook(lambda *_: asked.append(1))
     method = ARD(small_model(0), teacher, kd_weight=0.5).train()
