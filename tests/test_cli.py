@@ -149,6 +149,13 @@ def test_recipe_and_reproduce(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 50.00 | nowhere |" in table
 
 
+def test_runs_in_a_row_over_several_devices_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("small.toml").write_text(RECIPE)
+    assert call(["run", "small.toml", "--seeds", "0", "--set", "train.devices=2"]) == 2
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_figures_of_what_a_method_told(tmp_path: Path) -> None:
     from overproof.run.seeds import figure_of
 
@@ -189,6 +196,7 @@ def test_bad_recipes(change: tuple[str, str], message: str, capsys: pytest.Captu
         (["train", "--data", "digit", "--out", "x"], 2, "Did you mean 'digits'"),
         (["train", *QUICK, "--out", "x", "--set", "method.tau=3"], 2, "option of method 'ce'"),
         (["train", *QUICK, "--out", "x", "--seeds", "a"], 2, "whole numbers"),
+        (["train", *QUICK, "--out", "x", "--seeds", "0,1", "--devices", "2"], 2, "torchrun --nproc-per-node"),
         (["train", *QUICK, "--out", "x", "--set", "train.loggers=['paper']"], 2, "train.loggers"),
         (["train", "--epochs", "nine", "--out", "x"], 2, "nine"),
         (["distill", *QUICK, "--teacher", "nowhere", "--student", "mlp", "--out", "x"], 1, "nowhere is not a run folder"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,8 +93,24 @@ def _devices(devices: int | str, nodes: int) -> tuple[int | str, int]:
     return devices, nodes
 
 
+def refuse_in_a_row(runs: Iterable[tuple[RunConfig, RunFolder]]) -> None:
+    """Refuse, before any work is done, several runs that would each have to start processes of their own.
+
+    Raises:
+        UsageError: more than one unfinished run over several devices without torchrun.
+    """
+    left = [config.train for config, folder in runs if folder.status.get("state") != "done"]
+    if len(left) > 1 and any(train.nodes > 1 or train.devices not in (1, "1", "auto") for train in left):
+        _need_torchrun()
+
+
 def _only_once() -> None:
-    if _spawned and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if _spawned:
+        _need_torchrun()
+
+
+def _need_torchrun() -> None:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise UsageError(
             "Several runs over several devices in one go need torchrun: torchrun --nproc-per-node N -m overproof ... (without "
             "--devices)."

@@ -21,6 +21,7 @@ from overproof.config import RunConfig, merge, parse_override, resolve
 from overproof.errors import UnknownNameError, UsageError
 from overproof.folder import RunFolder, read_toml
 from overproof.run.execute import execute
+from overproof.run.launch import refuse_in_a_row
 from overproof.run.prepare import Parts, refuse_code
 from overproof.run.seeds import WITHIN, radius_of
 
@@ -156,9 +157,14 @@ def run_recipe(
         parse_override(text)
     for name in recipe.runs:
         refuse_code(recipe.config(name, Path(out), 0, overrides), f"The recipe {recipe.name}", trusted)
+    places = {seed: Path(out) / f"seed-{seed}" if len(seeds) > 1 else Path(out) for seed in seeds}
+    refuse_in_a_row(
+        (recipe.config(name, place, seed, overrides), RunFolder(place / name))
+        for seed, place in places.items()
+        for name in recipe.runs
+    )
     folders: dict[int, dict[str, RunFolder]] = {}
-    for seed in seeds:
-        place = Path(out) / f"seed-{seed}" if len(seeds) > 1 else Path(out)
+    for seed, place in places.items():
         for name in recipe.runs:
             folder = RunFolder(place / name)
             folders.setdefault(seed, {})[name] = folder

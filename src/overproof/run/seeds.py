@@ -15,20 +15,24 @@ from overproof.errors import UnknownNameError, UsageError
 from overproof.folder import RunFolder
 from overproof.registry import convert
 from overproof.run.execute import execute
+from overproof.run.launch import refuse_in_a_row
 from overproof.run.prepare import Parts
 
 WITHIN, LOGGED, FIRST = " fooling within ", "logged ", "first "
 
 
 def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, trusted: bool = False) -> list[RunFolder]:
-    """One run per seed in `out/seed-N`; finished ones are kept, so that the call can be repeated."""
-    folders = []
+    """One run per seed in `out/seed-N`; finished ones are kept, so that the call can be repeated.
+
+    Raises:
+        UsageError: over several devices without torchrun.
+    """
+    folders = [RunFolder(Path(out) / f"seed-{seed}") for seed in seeds]
+    refuse_in_a_row((config, folder) for folder in folders)
     table = config.table()
-    for seed in seeds:
-        folder = RunFolder(Path(out) / f"seed-{seed}")
+    for seed, folder in zip(seeds, folders, strict=True):
         console.note(f"seed {seed} -> {folder.path}")
         execute(resolve({**table, "seed": seed}), folder.path, parts=Parts(trusted=trusted), resume=folder.exists)
-        folders.append(folder)
     return folders
 
 
