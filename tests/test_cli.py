@@ -178,6 +178,8 @@ def test_figures_of_what_a_method_told(tmp_path: Path) -> None:
         (("[recipe]", "[recipes]"), "Did you mean 'recipe'"),
         (("published =", "publish ="), "publish"),
         (('metric = "clean"', 'metric = "deepfool fooling within reach"'), "'reach'"),
+        (('metric = "clean"', 'metric = "mag-sim"\nagainst = "teacher"\noptions = { targts = 2 }'), "Did you mean 'targets'"),
+        (('metric = "clean"', 'metric = "planes"\nagainst = "teacher"\noptions = { images = 2 }'), "'images'"),
     ],
 )
 def test_bad_recipes(change: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

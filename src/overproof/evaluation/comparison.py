@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def compare(
     for name in metric:
         if name not in METRICS:
             raise UnknownNameError("metric", name, METRICS)
-    _check_options(metric, options)
+    check_options(metric, options)
     device = torch.device(device) if device is not None else device_of(a)
     count, sample = torch.zeros(5, dtype=torch.long, device=device), Sample(images, seed)
     with (
@@ -150,7 +150,13 @@ def _boundary(a: nn.Module, b: nn.Module, sample: Sample, **options: Any) -> Bou
     return boundary_similarity(a, b, images, labels, **options)
 
 
-def _check_options(metric: Sequence[str], options: dict[str, Any]) -> None:
+def check_options(metric: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse options that no metric has.
+
+    Raises:
+        UsageError: there is no metric that they could belong to.
+        UnknownNameError: names one, and the nearest that exists.
+    """
     if options and not metric:
         raise UsageError(f"{', '.join(options)}: give these options a metric to belong to, for example metric=['boundary'].")
     known = inspect.signature(boundary_similarity).parameters.values()

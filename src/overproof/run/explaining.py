@@ -29,6 +29,7 @@ from overproof.run.judging import part_of
 from overproof.run.prepare import USER, data_of, with_data
 
 HOME = "probes"  # in the teacher's folder
+ASKED = {"planes": "decision-planes", "fooled": "adversarial-transfer"}  # figures of recipes, and their probes
 GREY_DOMAINS, DOMAINS = ("color", "blobs", "inverted", "sketch"), ("inverted", "sketch")
 
 
@@ -160,6 +161,18 @@ def _domains(seen: Material) -> tuple[str, ...]:
     return GREY_DOMAINS if coloured and bool((seen.images == seen.images[:, :1]).all()) else DOMAINS
 
 
+def check_resemblance(metric: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that the probe behind a figure of a recipe does not have.
+
+    Raises:
+        UsageError: names one.
+    """
+    if metric in ASKED:
+        PROBES.get(ASKED[metric]).check(dict(options), "probe")
+    elif options:
+        raise UsageError(f"The figure {metric!r} has no options; {', '.join(options)} were given.")
+
+
 def resemblance(
     run: Path,
     other: Path,
@@ -189,5 +202,5 @@ def resemblance(
         return {metric: float((lab.clean("student") == lab.labels).double().mean())}
     if metric == "consensus":
         return {metric: float(agreeing(lab, "clean", of=lab.images)["student"].double().mean())}
-    probe = PROBES.create({"planes": "decision-planes", "fooled": "adversarial-transfer"}[metric], **given)
+    probe = PROBES.create(ASKED[metric], **given)
     return {metric: probe.measure(lab).rows[0].scores["student"].value}

@@ -19,8 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from overproof import console
 from overproof.config import RunConfig, merge, parse_override, resolve
 from overproof.errors import UnknownNameError, UsageError
+from overproof.evaluation.comparison import check_options
 from overproof.folder import RunFolder, read_toml
 from overproof.run.execute import execute
+from overproof.run.explaining import check_resemblance
 from overproof.run.launch import refuse_in_a_row
 from overproof.run.prepare import Parts, refuse_code
 from overproof.run.seeds import WITHIN, radius_of
@@ -121,6 +123,10 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
                 raise UsageError(
                     f"{path}, figure {figure.name!r}: `{key}` needs `against`, and a metric among {', '.join(useful)}."
                 )
+        if figure.metric in WALKED:
+            check_options(("boundary",), {name: value for name, value in figure.options.items() if name != "images"})
+        elif figure.options:
+            check_resemblance(figure.metric, figure.options)
     return recipe
 
 
