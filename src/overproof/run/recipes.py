@@ -157,6 +157,9 @@ def run_recipe(
 
     Returns:
         Run folders by seed and name. With one seed they lie in `out/NAME`, else in `out/seed-N/NAME`.
+
+    Raises:
+        UsageError: several runs over several devices without torchrun.
     """
     seeds, overrides = tuple(seeds) or tuple(recipe.about.seeds), tuple(overrides)
     for text in overrides:
@@ -164,21 +167,19 @@ def run_recipe(
     for name in recipe.runs:
         refuse_code(recipe.config(name, Path(out), 0, overrides), f"The recipe {recipe.name}", trusted)
     places = {seed: Path(out) / f"seed-{seed}" if len(seeds) > 1 else Path(out) for seed in seeds}
-    refuse_in_a_row(
-        (recipe.config(name, place, seed, overrides), RunFolder(place / name))
+    planned = [
+        (seed, name, RunFolder(place / name), recipe.config(name, place, seed, overrides))
         for seed, place in places.items()
         for name in recipe.runs
-    )
+    ]
+    refuse_in_a_row((config, folder) for _, _, folder, config in planned)
     folders: dict[int, dict[str, RunFolder]] = {}
-    for seed, place in places.items():
-        for name in recipe.runs:
-            folder = RunFolder(place / name)
-            folders.setdefault(seed, {})[name] = folder
-            known = folder.exists
-            if not (known and folder.status.get("state") == "done"):
-                console.note(f"{'resuming' if known else 'running'} {name}, seed {seed} -> {folder.path}")
-            config = recipe.config(name, place, seed, overrides)
-            execute(config, folder.path, parts=Parts(trusted=trusted), resume=known, deadline=deadline)
+    for seed, name, folder, config in planned:
+        folders.setdefault(seed, {})[name] = folder
+        known = folder.exists
+        if not (known and folder.status.get("state") == "done"):
+            console.note(f"{'resuming' if known else 'running'} {name}, seed {seed} -> {folder.path}")
+        execute(config, folder.path, parts=Parts(trusted=trusted), resume=known, deadline=deadline)
     return folders
 
 
