@@ -118,7 +118,12 @@ def main() -> None:
     with torch.no_grad():
         right = torch.cat([model(x).argmax(dim=1) for x in torch.split(images, BATCH)]) == labels
     images, labels = images[right][: options.images], labels[right][: options.images]
-    rows = {}
+    rows, correct = {}, {}
+    for name, net in models.items():
+        with torch.no_grad():
+            found = torch.cat([net(part).argmax(dim=1) for part in torch.split(images, BATCH)])
+        correct[name] = float((found == labels).float().mean())
+    print("not attacked                   " + "  ".join(f"{name} {value:.1%}" for name, value in correct.items()), flush=True)
     for text in options.eps or ["2/255", "4/255"]:
         rows[text] = attacked(models, images, labels, convert(text, float, "--eps"))
         for made, row in rows[text].items():
@@ -126,7 +131,14 @@ def main() -> None:
                 f"PGD-{STEPS} {text:6} made on {made:12} " + "  ".join(f"{name} {value:.1%}" for name, value in row.items()),
                 flush=True,
             )
-    facts = {"test": table, "attacked": rows, "images": len(images), "also_in_cache": known, "fit_seconds": fitted}
+    facts = {
+        "test": table,
+        "untouched": correct,
+        "attacked": rows,
+        "images": len(images),
+        "also_in_cache": known,
+        "fit_seconds": fitted,
+    }
     facts |= {"cache": {key: described[key] for key in ("layers", "length", "items", "images", "bytes", "dtype")}}
     facts |= {
         "theta": cache.theta,

@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from overproof import PGD, Cache, Guarded, Splits, create_model
-from overproof.errors import DataError, NoGradientError, OverproofError, UnknownNameError, UsageError
+from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
 from overproof.guards.cache_items import clustered, stored
 from overproof.guards.cache_keys import PRESETS, KeyReader, choose_layers
 from overproof.guards.cache_tuning import LAMS, THETAS, best_of
@@ -318,6 +319,8 @@ def test_mirror_images_are_items_too() -> None:
     assert int(cache.items.mirrored.sum()) == len(images)
     near = cache.neighbours(model, images[4:5].flip(-1), 1)
     assert (int(near.positions), bool(near.mirrored), int(near.labels)) == (4, True, int(labels[4]))
+    with pytest.raises(UsageError, match="are in the cache"):
+        cache.check_unseen(images.flip(-1))
     assert float(near.similarity) == pytest.approx(1)
 
 
@@ -417,7 +420,7 @@ def test_fitting_in_parts_is_fitting_at_once() -> None:
         assert torch.allclose(shares(parts, model, queries), shares(once, model, queries), atol=1e-12)
         assert sorted(parts.items.source.tolist()) == sorted(once.items.source.tolist())
         assert parts.facts == once.facts
-        assert torch.equal(parts.marks, once.marks)
+        assert sorted(parts.marks.tolist()) == sorted(once.marks.tolist())
 
 
 def test_items_added_to_centres_stand_for_themselves() -> None:
@@ -509,9 +512,9 @@ def test_without_gradient_there_is_no_graph() -> None:
     model, (images, labels, queries) = pixels(), setting()
     cache = plain(gradient=False).fit(model, images, labels)
     assert not cache(model, queries.requires_grad_()).logits.requires_grad
-    guarded = Guarded(model, cache=cache)
-    with pytest.raises(NoGradientError):
-        PGD(eps=0.1)(guarded.logits_model(), queries.detach(), torch.zeros(6, dtype=torch.long))
+    mixture = Guarded(model, cache=cache).logits_model()
+    assert mixture(queries).requires_grad  # an attack asks with a gradient, and is not to be blinded
+    assert torch.equal(mixture(queries), mixture(queries.detach()))
 
 
 def test_copies_share_the_keys() -> None:
@@ -525,11 +528,43 @@ def test_copies_share_the_keys() -> None:
     assert guarded.cache.facts["images"] == len(images)
 
 
+def test_threads_do_not_see_each_others_features() -> None:
+    model, (images, labels, _) = pixels(), setting()
+    cache = plain().fit(model, images, labels)
+    asked = [images[i : i + 1].roll(1, dims=-1) for i in range(8)]
+    expected = [cache(model, x).logits for x in asked]
+
+    def many(number: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(cache(model, asked[number]).logits, expected[number]) for _ in range(40))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(8)))
+
+
+def test_positions_go_on_after_a_limit() -> None:
+    model, (images, labels, _) = pixels(), setting()
+    cache = plain(limit=7).fit(model, images, labels)
+    cache.add(model, images.flip(-1), labels)
+    assert len(set(cache.items.source.tolist())) == len(cache.items)
+
+
+def test_tuning_on_another_model_is_refused() -> None:
+    model, (images, labels, others) = pixels(), setting()
+    cache = plain().fit(model, images, labels)
+    with pytest.raises(UsageError, match="fitted for another model"):
+        cache.tune(pixels(seed=5), others, labels[: len(others)])
+
+
 def test_half_precision_after_guarding() -> None:
     model, (images, labels, queries) = pixels(), setting()
     guarded = Guarded(model, cache=plain().fit(model, images, labels))
     exact = guarded(queries).probabilities
     assert torch.allclose(guarded.bfloat16()(queries.bfloat16()).probabilities.double(), exact, atol=0.1)
+    cache = guarded.cache
+    assert isinstance(cache, Cache)
+    assert cache.items.keys is cache.keys
+    assert cache.keys.dtype == torch.bfloat16
 
 
 # Bad input.
@@ -701,7 +736,7 @@ def test_digits_gain_from_a_cache_and_transfer_is_not_robustness(digits: Splits)
     cache.theta = 10.0
     assert accuracy(mixture, images, labels) < mixed - 0.1  # too flat to be of use
     cache.theta = 70.0
-    crafted = PGD(eps=0.05, steps=10)(model, images, labels, torch.Generator().manual_seed(0))
+    crafted = PGD(eps=0.05, steps=10, early_stop=False)(model, images, labels, torch.Generator().manual_seed(0))
     transfer = {}
     for lam in (0.0, 0.5, 1.0):
         cache.lam = lam
@@ -709,9 +744,9 @@ def test_digits_gain_from_a_cache_and_transfer_is_not_robustness(digits: Splits)
     assert transfer[0.0] + 0.3 < transfer[0.5] <= transfer[1.0]
     few = slice(0, 150)
     through = PGD(eps=0.15, steps=10)(mixture, images[few], labels[few], torch.Generator().manual_seed(0))
-    around = PGD(eps=0.15, steps=10)(model, images[few], labels[few], torch.Generator().manual_seed(0))
+    around = PGD(eps=0.15, steps=10, early_stop=False)(model, images[few], labels[few], torch.Generator().manual_seed(0))
     assert accuracy(mixture, through, labels[few]) < 0.3
-    assert accuracy(mixture, through, labels[few]) < accuracy(mixture, around, labels[few]) - 0.4
+    assert accuracy(mixture, through, labels[few]) < accuracy(mixture, around, labels[few]) - 0.25
 
 
 def test_hidden_layers_make_better_keys_than_logits(digits: Splits) -> None:

@@ -109,7 +109,7 @@ def test_transfer_never_asks_the_target() -> None:
     attack = Transfer(inner=PGD(eps=0.2, steps=5), source=[source, small_model(2)])
     assert attack(Silent(), x, y).shape == x.shape
     own = Transfer(inner=PGD(eps=0.2, steps=5, random_start=False), source=source)(Silent(), x, y)
-    assert torch.equal(own, PGD(eps=0.2, steps=5, random_start=False)(source, x, y))
+    assert torch.equal(own, PGD(eps=0.2, steps=5, random_start=False, early_stop=False)(source, x, y))
     with pytest.raises(UsageError, match="needs the model"):
         Transfer()
 

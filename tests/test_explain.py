@@ -351,6 +351,8 @@ def test_figures_of_recipes_by_probes(tmp_path: Path) -> None:
     for wrong, error, words in (
         (f'{FIGURE}metric = "acuracy"\n', UnknownNameError, "accuracy"),
         (f'{FIGURE}metric = "agreement"\ndata = "color"\n', UsageError, "`data` needs"),
+        (f'{FIGURE}metric = "accuracy"\ndata = "colour"\n', UnknownNameError, "colour"),
+        (f'{FIGURE}metric = "accuracy"\ndata = "color+noise:9"\n', UsageError, "noise"),
     ):
         path.write_text(RECIPE + wrong)
         with pytest.raises(error, match=words):

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 from overproof import PGD, Cache, Guarded, ImageSet, evaluate, evaluate_guarded, load_guarded, predict
 from overproof.attacks.randomness import Streams, normal
+from overproof.attacks.transfer import Transfer
 from overproof.cli import call
 from overproof.data import Splits
 from overproof.data.decoding import decode
@@ -330,7 +331,9 @@ def test_an_evaluation_shows_both_sides() -> None:
     assert table["clean_without"] == 1.0
     assert table["clean"] == result.clean < 1.0
     assert table["clean_rejected"] == 0
-    bare = evaluate(model, data, attacks={"pgd": PGD(eps=0.08)}, sanity=0).summary["attacks"]["pgd"]["success_rate"]
+    bare = evaluate(model, data, attacks={"pgd": PGD(eps=0.08, early_stop=False)}, sanity=0).summary["attacks"]["pgd"][
+        "success_rate"
+    ]
     for name, facts in table["attacks"].items():
         assert facts["without"] == bare
         assert facts["wrong_and_not_rejected"] == result.summary["attacks"][name]["success_rate"]
@@ -341,6 +344,95 @@ def test_an_evaluation_shows_both_sides() -> None:
     assert table["guards"] == ["cache"]
     with pytest.raises(UsageError, match="40 of these 40 images are in the cache"):
         evaluate_guarded(guarded, ImageSet(images, labels), attacks=())
+
+
+class Watching(nn.Module):
+    """A network that counts how many images it was asked about with a gradient."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.climbed = net, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.climbed += len(images) if images.requires_grad else 0
+        logits: Tensor = self.net(images)
+        return logits
+
+
+def test_images_made_on_the_bare_model_go_on_where_that_errs() -> None:
+    model, images, labels = setting()
+    watched = Watching(model.float())
+    guarded = Guarded(watched, cache=Cache(layers=("net.2",), lam=1.0, theta=30.0).fit(watched, images.float(), labels))
+    others = small_batch(30, seed=7).images
+    answers = model(others).argmax(dim=1)
+    attack = PGD(eps=0.3, steps=4)
+    transfer = Transfer(inner=attack, source=watched)
+    watched.climbed = 0
+    transfer(guarded.logits_model(), others, (answers + 1) % 3)
+    assert watched.climbed == 4 * 30, "the source is wrong everywhere from the beginning, and is climbed all the same"
+    watched.climbed = 0
+    attack(watched, others, (answers + 1) % 3)
+    assert watched.climbed == 0
+
+
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"gradient": False}])
+def test_a_cache_without_a_gradient_is_attacked_by_way_of_all_its_items(options: dict[str, Any]) -> None:
+    model, images, labels = setting()
+    model, images = model.float(), images.float()
+    whole = Cache(layers=("2",), lam=1.0, theta=60.0).fit(model, images, labels)
+    part = Cache(layers=("2",), lam=1.0, theta=60.0, **options).fit(model, images, labels)
+    others = small_batch(60, seed=7).images
+    points = others.clone().requires_grad_()
+    asked = Guarded(model, cache=part).logits_model()(points)
+    assert torch.equal(asked, Guarded(model, cache=whole).logits_model()(points))
+    with torch.no_grad():
+        judged = Guarded(model, cache=part).logits_model()(points)
+    assert torch.equal(judged, part(model, others).logits)
+    data = ImageSet(others, model(others).argmax(dim=1), classes=3)
+    passed = {}
+    for name, cache in (("whole", whole), ("part", part)):
+        found = evaluate_guarded(Guarded(model, cache=cache), data, attacks={"pgd": PGD(eps=0.08)}, sanity=0)
+        passed[name] = found.summary["guard"]["attacks"]["pgd"]["wrong_and_not_rejected"]
+        assert found.summary["guard"]["caution"] is None
+    assert passed["whole"] > 0.3
+    assert passed["part"] > passed["whole"] - 0.1
+
+
+def test_an_attack_that_found_no_gradient_tells_nothing() -> None:
+    model, images, labels = setting()
+    model, images = model.float(), images.float()
+
+    class Mute(Cache):
+        def smoothly(self, model: nn.Module, images: Tensor, streams: Streams | None = None) -> Any:
+            return self(model, images.detach())
+
+    cache = Mute(layers=("2",), gradient=False).fit(model, images, labels)
+    others = small_batch(60, seed=7).images
+    data = ImageSet(others, model(others).argmax(dim=1), classes=3)
+    detector = Detector(fpr=0.3, criteria=("noise",)).fit(model, images.repeat(4, 1, 1, 1), labels.repeat(4))
+    for guarded in (Guarded(model, cache=cache), Guarded(model, cache=cache, detector=detector)):
+        table = evaluate_guarded(guarded, data, attacks={"pgd": PGD(eps=0.08)}, sanity=0).summary["guard"]
+        assert table["attacks"]["pgd"]["wrong_and_not_rejected"] is None
+        assert table["strongest"] != "pgd"
+
+
+def test_behind_a_random_purifier_the_seed_decides_about_the_detector_too() -> None:
+    model, images, labels = setting()
+    model, images = model.float(), images.float()
+    purifier = Dim(strength=0.3).fit(model, images, labels)
+    detector = Detector(fpr=0.3, criteria=("noise",)).fit(model, images.repeat(4, 1, 1, 1), labels.repeat(4))
+    others = small_batch(40, seed=7).images
+    data = ImageSet(others, model(others).argmax(dim=1), classes=3)
+    guarded = Guarded(model, purifier=purifier, detector=detector)
+    before = torch.get_rng_state()
+    told = []
+    for _ in range(2):
+        found = evaluate_guarded(guarded, data, attacks={"pgd": PGD(eps=0.05, steps=2)}, sanity=0)
+        told.append(found.summary["detection"])
+        torch.rand(3)
+    assert told[0] == told[1]
+    assert set(found.gallery) & {"natural-rejected", "attacked-rejected", "attacked-passed"}
+    torch.set_rng_state(before)
 
 
 # Ordinary image files.
@@ -533,7 +625,9 @@ def test_cache_and_detector_together(run: Path, tmp_path: Path, capsys: pytest.C
     assert table["strongest"] == max(table["attacks"], key=lambda key: table["attacks"][key]["wrong_and_not_rejected"])
     assert detection["over_steps"]["steps"][0] == 0
     assert call(["report", net]) == 0
-    assert 'id="detection"' in (Path(net) / "report.html").read_text()
+    page = (Path(net) / "report.html").read_text()
+    assert 'id="detection"' in page
+    assert "Images of the strongest attack, wrong and" in page
     rows = predict(net, [_written(tmp_path)], guarded=True)
     assert rows[0].verdict in ("accepted", "rejected")
     assert rows[0].score == predict(net, [_written(tmp_path)], guarded=True)[0].score

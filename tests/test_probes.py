@@ -38,7 +38,7 @@ from overproof.probes import (
 from overproof.probes.base import FEWER, SEEDS
 from overproof.probes.boundaries import BoundarySimilarity
 from overproof.probes.cam import closed_head, spatial_layer
-from overproof.probes.cka import CKA, counterparts, grid
+from overproof.probes.cka import CKA, counterparts, grid, jackknife
 from overproof.probes.domains import Corruptions, Domains
 from overproof.probes.group_bias import GroupBias
 from overproof.probes.invariance import Colour, Shift
@@ -574,6 +574,11 @@ def test_cues_are_read_from_names(tmp_path: Path) -> None:
         read_cues(tmp_path, ("cat", "dog"), channels=3, side=8)
     with pytest.raises(DataError, match="give one each"):
         Cues(numbered(3), torch.zeros(2), torch.zeros(3))
+    for name, pair in (("14-3", (2, 0)), ("1-14", (1, 2))):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / f"{name}.png")
+        numbered_cues = read_cues(tmp_path / name, ("3", "1", "14"), channels=1, side=8)
+        assert (int(numbered_cues.shape), int(numbered_cues.texture)) == pair, name
 
 
 def test_group_bias_by_hand() -> None:
@@ -603,7 +608,9 @@ def test_groups_without_images_are_named(cast: dict[str, nn.Module], material: M
     assert "No held-out image of c: nothing is said of it." in found.notes
     assert [row.condition for row in found.rows[1:]] == ["a", "b"]
     absent = Groups(torch.zeros(24, dtype=torch.long), ("x", "y"), "y")
-    assert "of x only" in GroupBias().run(cast, Material(material.images, material.labels, groups=absent)).skipped
+    assert "of the group 'y'" in GroupBias().run(cast, Material(material.images, material.labels, groups=absent)).skipped
+    alone = Groups(torch.zeros(24, dtype=torch.long), ("x", "y"))
+    assert "of x only" in GroupBias().run(cast, Material(material.images, material.labels, groups=alone)).skipped
 
 
 def test_files_of_groups(tmp_path: Path) -> None:
@@ -882,6 +889,64 @@ def test_probes_that_cannot_answer_do_not_stop_the_others() -> None:
     )
     assert "without an independent student" in lonely.skipped
     assert "No unseen domains" in Domains().run(models, Material(images(), torch.arange(24) % 3)).skipped
+
+
+class Roundabout(nn.Module):
+    """A network whose last linear layer is never called."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.fc, self.unused = nn.Linear(4, 3), nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.second(self.first(images).relu()).relu()
+        logits: torch.Tensor = self.fc(maps.mean(dim=(2, 3)))
+        return logits
+
+
+def test_a_layer_that_is_never_called_does_not_stop_the_others() -> None:
+    models = {name: Roundabout(seed) for seed, name in enumerate(("teacher", "student", "independent:0", "independent:1"))}
+    found = explain(models, Material(images(), torch.arange(24) % 3), probes=("localisation", "cka", "crop"))
+    assert found["crop"].number is not None
+    assert found["localisation"].number is not None, "its head is not found, but gradients serve as well"
+    assert "does not call the layer" in found.skipped["cka"]
+
+
+def test_maps_with_channels_last() -> None:
+    class Swapped(nn.Module):
+        """Keeps its map as (N, h, w, C), and says so."""
+
+        def __init__(self, output_fmt: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.keep, self.fc, self.output_fmt = nn.Conv2d(1, 5, 3), nn.Identity(), nn.Linear(5, 3), output_fmt
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            maps = self.conv(pixels).relu()
+            last = self.output_fmt == "NHWC"
+            maps = self.keep(maps.permute(0, 2, 3, 1) if last else maps)
+            logits: torch.Tensor = self.fc((maps.permute(0, 3, 1, 2) if last else maps).square().mean(dim=(2, 3)))
+            return logits
+
+    labels = torch.arange(4) % 3
+    first, second = (grad_cam(Swapped(kind), images(4), labels, layer="keep") for kind in ("NHWC", "NCHW"))
+    assert first.shape == (4, 6, 6)
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+def test_blocks_of_the_jackknife_lie_across_sorted_images(monkeypatch: pytest.MonkeyPatch, cast: dict[str, nn.Module]) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watched(first: torch.Tensor, second: torch.Tensor, blocks: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        seen.extend(blocks)
+        return jackknife(first, second, blocks)
+
+    monkeypatch.setattr("overproof.probes.cka.jackknife", watched)
+    CKA(images=24).run(cast, Material(images(24), torch.arange(24) // 8))
+    assert torch.cat(seen[:12]).sort().values.tolist() == list(range(24))
+    assert all(int(block.max() - block.min()) == 12 for block in seen[:12])
 
 
 def test_models_that_cannot_be_compared(cast: dict[str, nn.Module], material: Material) -> None:

@@ -160,3 +160,17 @@ def one_after_another(
     if len(failed) == len(members):
         raise failed[0]
     return found
+
+
+def patient(attack: Attack) -> Attack:
+    """The attack without its early end: for models that roll dice, where a lucky pass on the way is no success, and for others than the judge.
+
+    Square, FAB and other attacks that cannot go on after a success stay as they are.
+    """
+    if isinstance(attack, WorstCase):
+        return replace(attack, attacks=tuple(patient(member) for member in attack.members.values()))
+    if isinstance(attack, Wrapper):
+        calm: Any = replace(attack, inner=patient(attack.attack))
+        return calm  # type: ignore[no-any-return]
+    made: Any = attack
+    return replace(made, early_stop=False) if hasattr(made, "early_stop") else attack

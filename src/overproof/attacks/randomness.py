@@ -51,6 +51,13 @@ class Streams(torch.Generator):
         salt = zlib.crc32("/".join(map(str, parts)).encode())
         return cls(_mix(index.long() * _GOLDEN + salt))
 
+    def seed_global(self) -> Streams:
+        """These streams, after the global generators were seeded by them: a model that rolls dice itself rolls the same for the same batch."""
+        torch.default_generator.manual_seed(self.initial_seed())
+        if self.keys.is_cuda:
+            torch.cuda.manual_seed(self.initial_seed())
+        return self
+
     def rows(self, chosen: Tensor) -> Streams:
         """The streams of the images `chosen` (numbers or a mask), at the same point."""
         return Streams(self.keys[chosen.to(self.keys.device)], self.draws)

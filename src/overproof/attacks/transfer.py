@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof.attacks.base import logits_of
-from overproof.attacks.combined import Wrapper
+from overproof.attacks.combined import Wrapper, patient
 from overproof.errors import UsageError
 from overproof.networks import device_of, in_mode
 
@@ -18,7 +18,8 @@ from overproof.networks import device_of, in_mode
 class Transfer(Wrapper):
     """Adversarial images crafted on `source` alone; the attacked model is never asked.
 
-    With several sources the images are crafted on their mean log-probability, which transfers better than either.
+    The source's mistakes are no success, so no inner attack stops early. With several sources the images are crafted on their
+    mean log-probability, which transfers better than either.
 
     Args:
         inner, eps, norm, targeted: see `Wrapper`.
@@ -48,7 +49,7 @@ class Transfer(Wrapper):
         if device_of(source) != images.device:
             raise UsageError(f"Transfer: the source is on {device_of(source)}, the images on {images.device}; move the source.")
         with in_mode(source):
-            return self.attack(source, images, labels, generator)
+            return patient(self.attack)(source, images, labels, generator)
 
 
 class MeanModel(nn.Module):

@@ -9,7 +9,7 @@ import torch
 
 from overproof.data import DATA
 from overproof.data.attributes import with_side_file
-from overproof.data.modifiers import modified, split_name
+from overproof.data.modifiers import Modifier, modified, split_name
 from overproof.data.splits import (
     Images,
     Parts,
@@ -21,6 +21,7 @@ from overproof.data.splits import (
     with_copies,
 )
 from overproof.errors import DataError, UsageError
+from overproof.registry import Entry
 
 From = Literal["train", "test"]
 
@@ -81,14 +82,7 @@ def read_parts(
     attribute_file: str | Path | None = None,
 ) -> Parts:
     """What the source itself divides into: "train", and "validation" and "test" where it has them; see `load_data`."""
-    base, changes = split_name(name)
-    kind, colon, argument = base.partition(":")
-    entry = DATA.get(kind)
-    wanted = entry.positional()
-    if wanted and not argument:
-        raise UsageError(f"The data source {name!r} needs to be told where: {kind}:{wanted[0].upper()}.")
-    if colon and not wanted:
-        raise UsageError(f"The data source {kind!r} takes nothing after a colon; {name!r} was given.")
+    entry, argument, changes = source_of(name)
     if root is not None and "root" in entry.options():
         options = {"root": Path(root), **options}
     if attribute is not None and attribute_file is None:
@@ -97,9 +91,27 @@ def read_parts(
                 f"data.attribute={attribute!r}: {name} has no columns. Name a CSV file that has one with data.attribute_file=..."
             )
         options = {"attribute": attribute, **options}
-    parts: Parts = entry.load()(*([argument] if wanted else []), **entry.check(options, "data source"))
+    parts: Parts = entry.load()(*([argument] if argument else []), **entry.check(options, "data source"))
     whole = dict(parts) if attribute_file is None else with_side_file(parts, attribute_file, attribute)
     return modified(whole, changes, lambda other: read_parts(other, root, {}))
+
+
+def source_of(name: str) -> tuple[Entry, str, tuple[Modifier, ...]]:
+    """What the name of a set asks for, before anything is read: the registered source, what it is told after the colon, and changes.
+
+    Raises:
+        UnknownNameError: no such source or change.
+        UsageError: a source that needs an argument and has none, or the other way round; a change with a wrong argument.
+    """
+    base, changes = split_name(name)
+    kind, colon, argument = base.partition(":")
+    entry = DATA.get(kind)
+    wanted = entry.positional()
+    if wanted and not argument:
+        raise UsageError(f"The data source {name!r} needs to be told where: {kind}:{wanted[0].upper()}.")
+    if colon and not wanted:
+        raise UsageError(f"The data source {kind!r} takes nothing after a colon; {name!r} was given.")
+    return entry, argument, changes
 
 
 def divided(

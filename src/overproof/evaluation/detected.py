@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,11 +41,18 @@ class Scored:
         wrong: whether the model gets it wrong.
         score: the detector's.
         parts: scores by criterion.
+        invalid: images for which the attack broke its own rules, which count as untouched.
+        no_gradient: images for which the attack found no gradient, which count as untouched: no robustness, no attack.
+        pictures: a few images as bytes, (k, C, H, W), "rejected" and "passed" by the thresholds of the measurement; of attacked
+            ones those that are wrong.
     """
 
     wrong: np.ndarray
     score: np.ndarray
     parts: dict[str, np.ndarray]
+    invalid: int = 0
+    no_gradient: int = 0
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
     def flagged(self, cut: float, thresholds: Mapping[str, float]) -> dict[str, np.ndarray]:
         """What is rejected: "union", and by each criterion alone."""
@@ -85,6 +92,13 @@ class Detection:
         """The same measurement under other thresholds of the same detector."""
         return replace(self, cut=judge.cut, thresholds=judge.thresholds)
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """A few images as bytes, (k, C, H, W): natural ones that are rejected, and the strongest attack's, rejected and not."""
+        kinds = {"natural-rejected": self.natural.pictures.get("rejected")}
+        if self.strongest is not None:
+            kinds |= {f"attacked-{key}": value for key, value in self.attacks[self.strongest].pictures.items()}
+        return {name: value for name, value in kinds.items() if value is not None and len(value)}
+
     def summary(self) -> dict[str, Any]:
         """Figures by name, JSON-able: shares with 95 % intervals, and what the drawings need."""
         count = len(self.natural.score)
@@ -114,6 +128,8 @@ class Detection:
             "wrong_and_not_rejected": through / count,
             "interval": wilson(through, count),
             "area": area(false, true) if found.wrong.any() else None,
+            "invalid": found.invalid,
+            "no_gradient": found.no_gradient,
             "roc": [_thinned(false), _thinned(true)],
         }
 

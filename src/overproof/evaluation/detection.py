@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from overproof.attacks.base import Attack, predictions
 from overproof.attacks.randomness import Streams
-from overproof.errors import DataError, UsageError
+from overproof.errors import DataError, NoGradientError, UsageError
 from overproof.evaluation.detected import Detection, Judge, Scored
 from overproof.evaluation.metrics import quantile
 from overproof.evaluation.verdicts import verdict
@@ -21,6 +22,7 @@ from overproof.folding import folded
 from overproof.networks import device_of, full_precision
 
 STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
+SHOWN = 8  # images that are kept of each kind
 LEVELS = {"low": 0.25, "median": 0.5, "high": 0.75}
 
 
@@ -38,7 +40,7 @@ def measure_detector(
 
     Args:
         judge: a fitted detector that measures all of its criteria (not `stop_early`).
-        model: images -> logits (N, K).
+        model: images -> logits (N, K); one that rolls dice itself is made repeatable.
         images: (N, C, H, W) in [0, 1], none of them used in fitting.
         labels: true classes (N,).
         attacks: by name.
@@ -47,8 +49,11 @@ def measure_detector(
 
     Raises:
         DataError: the model gets no image right.
+        UsageError: the detector was fitted for another model.
     """
-    with full_precision(device_of(model)):
+    if isinstance(judge, nn.Module) and callable(check := getattr(judge, "check", None)):
+        check(model)
+    with _own_dice(model), full_precision(device_of(model)):
         field = _Field(judge, model, images, labels, seed, batch_size)
         found = {name: field.scored(name, attack) for name, attack in attacks.items()}
         return Detection(len(images), field.scored("natural", None), found, judge.cut, judge.thresholds)
@@ -73,7 +78,7 @@ def over_steps(
     """
     if not hasattr(attack, "steps"):
         raise UsageError(f"{type(attack).__name__} has no option `steps` to be followed.")
-    with full_precision(device_of(model)):
+    with _own_dice(model), full_precision(device_of(model)):
         field = _Field(judge, model, images, labels, seed)
         ways = [field.scored("over steps", replace(attack, steps=count)) for count in steps]
         sets = [field.scored("natural", None).parts, *({k: v[way.wrong] for k, v in way.parts.items()} for way in ways)]
@@ -102,6 +107,7 @@ class _Field:
         right = [torch.arange(0)]
         for rows in everything:
             x, y = self._batch(rows)
+            Streams.named(rows.to(y.device), self.seed, "clean").seed_global()
             right.append(rows[(predictions(self.model, x) == y).cpu()])
         found = torch.cat(right)
         if not len(found):
@@ -119,18 +125,35 @@ class _Field:
 
     def scored(self, name: str, attack: Attack | None) -> Scored:
         """Attack the images, check what came of it, and let the detector judge; `name` decides the random numbers."""
-        wrong, scores, criteria = [], [], []
+        wrong, scores, criteria, failed = [], [], [], {"invalid": 0, "no_gradient": 0}
+        shown: dict[str, list[np.ndarray]] = {"rejected": [], "passed": []}
         for rows in self.rows:
             x, y = self._batch(rows)
             guess, index = y, rows.to(y.device)
             if attack is not None:
+                dice = Streams.named(index, self.seed, "attack", name).seed_global()
                 through = self.quick if getattr(attack, "logits_only", False) else None
-                result = verdict(attack, self.model, x, y, Streams.named(index, self.seed, "attack", name), through=through)
-                x, guess = result.images, result.predictions
+                try:
+                    result = verdict(attack, self.model, x, y, dice, through=through)
+                    x, guess = result.images, result.predictions
+                    failed["invalid"] += int(result.invalid.sum())
+                except NoGradientError:
+                    failed["no_gradient"] += len(y)
             with torch.no_grad():
-                judgement = self.judge(self.model, x, Streams.named(index, self.seed, "judge", name))
+                judgement = self.judge(self.model, x, Streams.named(index, self.seed, "judge", name).seed_global())
+            counted = guess != y if attack is not None else torch.ones_like(y, dtype=torch.bool)
+            for key, mask in (("rejected", judgement.score > self.judge.cut), ("passed", judgement.score <= self.judge.cut)):
+                few = x[mask & counted][:SHOWN]
+                shown[key].append((few * 255).round().byte().cpu().numpy())
             wrong.append((guess != y).cpu().numpy())
             scores.append(judgement.score.float().cpu().numpy())
             criteria.append({key: value.float().cpu().numpy() for key, value in judgement.parts.items()})
         joined = {key: np.concatenate([part[key] for part in criteria]) for key in criteria[0]}
-        return Scored(np.concatenate(wrong), np.concatenate(scores), joined)
+        pictures = {key: np.concatenate(parts)[:SHOWN] for key, parts in shown.items()}
+        return Scored(np.concatenate(wrong), np.concatenate(scores), joined, pictures=pictures, **failed)
+
+
+def _own_dice(model: nn.Module) -> AbstractContextManager[None]:
+    """The caller's global generators are as they were afterwards."""
+    device = device_of(model)
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -200,11 +200,7 @@ class Judge:
 
     def _dice(self, index: Tensor, *purpose: str) -> Streams:
         """The randomness of images for a purpose; a model that rolls dice itself rolls the same for the same batch, not for the same image."""
-        streams = Streams.named(index, self.plan.seed, *purpose)
-        torch.default_generator.manual_seed(streams.initial_seed())
-        if index.is_cuda:
-            torch.cuda.manual_seed(streams.initial_seed())
-        return streams
+        return Streams.named(index, self.plan.seed, *purpose).seed_global()
 
     def _through(self, stage: Stage, images: Tensor) -> nn.Module:
         """The model, or for attacks that need nothing but logits its cheaper copy."""

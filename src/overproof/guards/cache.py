@@ -52,7 +52,9 @@ class Cache(CacheMemory):
 
     Reference: Orhan, NeurIPS 2018, arXiv 1805.08709; k-means: Orhan and Lake, arXiv 1906.08416.
 
-    Differences from the paper: sums are taken in logarithms; `separate`, `dtype`, `centres`, `top_k` and `index` are additions.
+    Differences from the paper: sums are taken in logarithms; `separate`, `dtype`, `centres`, `top_k` and `index` are additions;
+    ResNet-56 is read after the inner activations, not before their normalisation; images are tuned on as they are, without
+    their mirror images; `limit` keeps the classes in proportion.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class Cache(CacheMemory):
     def add(self, model: nn.Module, images: Tensor, labels: Tensor, *, index: Tensor | None = None) -> Self:
         """Remember further images; with `centres`, each of the new ones stands for itself. Arguments as for `fit`."""
         self.check(model)
-        given = Pictures.checked(images, labels, index, first=self.facts["images"])
+        given = Pictures.checked(images, labels, index, first=int(self.items.source.max()) + 1)
         self._learn(model, given, None)
         self.facts["images"] += len(given)
         return self
@@ -167,7 +169,7 @@ class Cache(CacheMemory):
         Raises:
             UsageError: not fitted, an empty grid, or the images are in the cache.
         """
-        self.require_fitted()
+        self.check(model)
         given, alone = Pictures.checked(images, labels, None), self.lam == 1
         thetas = (THETAS if self.pool is None else POOLED_THETAS) if thetas is None else thetas
         self.check_unseen(images)
@@ -193,31 +195,43 @@ class Cache(CacheMemory):
     def forward(self, model: nn.Module, images: Tensor, streams: Streams | None = None) -> Answer:
         """Images (N, C, H, W) in [0, 1] -> logarithm of the mixture (N, K); with lam = 0 the network's own logits.
 
+        An image whose features are all zero resembles nothing: all items weigh the same.
+
         Its parts: log-probabilities (N, K) of the "network" and of the "cache"; with top_k the "bound" (N,) on the total
         variation that the items left out could make.
 
         Raises:
             UsageError: not fitted, or keys of another length than those of the cache.
         """
+        return self._answer(model, images, gradient=self.gradient, top_k=self.top_k)
+
+    def smoothly(self, model: nn.Module, images: Tensor, streams: Streams | None = None) -> Answer:
+        """The same for attacks: with a gradient, and all items vote, as that of the nearest alone vanishes where they agree.
+
+        An index cannot compare with all keys; there the nearest vote alone, and attacks are blind where these agree.
+        """
+        return self._answer(model, images, gradient=True, top_k=self.top_k if self.index == "faiss" else None)
+
+    def _answer(self, model: nn.Module, images: Tensor, *, gradient: bool, top_k: int | None) -> Answer:
         self.require_fitted()
-        with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
             logits, queries = self.read(model, images)
             parts = {"network": logits.to(queries.dtype).log_softmax(dim=1)}
             if self.lam == 0:
                 return Answer(logits, parts)
-            parts |= self._votes(queries)
+            parts |= self._votes(queries, top_k)
             if self.lam == 1:
                 return Answer(parts["cache"], parts)
             mixed = torch.logaddexp(parts["network"] + math.log1p(-self.lam), parts["cache"] + math.log(self.lam))
             return Answer(mixed, parts)
 
-    def _votes(self, queries: Tensor) -> dict[str, Tensor]:
+    def _votes(self, queries: Tensor, top_k: int | None) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         with torch.autocast(queries.device.type, enabled=False):
-            if self.top_k is None:
+            if top_k is None:
                 evidence = evidence_of_all(queries, self.items, self.theta, self.block)
             else:
-                evidence, parts["bound"] = evidence_of_nearest(queries, self.items, self.theta, self.block, self.top_k)
+                evidence, parts["bound"] = evidence_of_nearest(queries, self.items, self.theta, self.block, top_k)
         return {"cache": log_shares(evidence, self.facts["classes"]), **parts}
 
     def describe(self) -> dict[str, Any]:

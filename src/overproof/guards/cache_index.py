@@ -10,6 +10,8 @@ from torch import Tensor
 
 from overproof.errors import FolderError, OverproofError, UsageError
 
+NOBODY = -2.0  # no cosine
+
 
 class FaissIndex:
     """Inner-product search by `faiss`; the keys lie in the index, as exact or as compressed as its kind says.
@@ -48,10 +50,10 @@ class FaissIndex:
         self._prepare()
 
     def search(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Similarities (N, k) and numbers (N, k) of the nearest keys, the nearest first."""
+        """Similarities (N, k) and numbers (N, k) of the nearest keys, the nearest first; a similarity of -2: no further key was found."""
         similarity, rows = self._index.search(_rows(queries), count)
         if (rows < 0).any():  # the cells looked into hold fewer keys
-            similarity, rows = np.where(rows < 0, np.float32(-1), similarity), rows.clip(min=0)
+            similarity, rows = np.where(rows < 0, np.float32(NOBODY), similarity), rows.clip(min=0)
         return torch.from_numpy(similarity).to(queries), torch.from_numpy(rows).to(queries.device)
 
     def take(self, rows: slice | Tensor) -> Tensor:

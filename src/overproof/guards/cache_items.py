@@ -71,15 +71,25 @@ class Items:
             label, low = label + 1, high
 
     def plus(self, other: Items, *, ordered: bool = True) -> Items:
-        """Both together; `ordered` by class, so that each class keeps its range."""
+        """Both together; `ordered` by class, so that each class keeps its range. Room is taken for the result alone."""
         labels = torch.cat([self.labels, other.labels])
-        order = labels.argsort(stable=True) if ordered else slice(None)
-        columns = {
-            name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("keys", "scales", "source", "mirrored")
-        }
+        places = torch.arange(len(labels), device=labels.device)
+        if ordered:
+            places[labels.argsort(stable=True)] = places.clone()
+        split = len(self)
+
+        def merged(mine: Tensor, theirs: Tensor) -> Tensor:
+            if not len(mine) and not len(theirs):
+                return mine
+            whole = mine.new_empty((len(labels), *mine.shape[1:]))
+            whole[places[:split]], whole[places[split:]] = mine, theirs.to(mine)
+            return whole
+
+        columns = {name: merged(getattr(self, name), getattr(other, name)) for name in ("keys", "scales", "source", "mirrored")}
         weighted = len(self.weights) or len(other.weights)
-        columns |= {"labels": labels, "weights": torch.cat([self._weights, other._weights]) if weighted else self.weights}
-        return replace(self, **{name: value[order] if len(value) else value for name, value in columns.items()})
+        columns |= {"labels": merged(self.labels, other.labels)}
+        columns |= {"weights": merged(self._weights, other._weights) if weighted else self.weights}
+        return replace(self, **columns)
 
     @property
     def _weights(self) -> Tensor:

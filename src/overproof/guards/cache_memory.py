@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -19,6 +20,7 @@ from overproof.guards.cache_votes import nearest
 from overproof.networks import in_mode
 
 COLUMNS = ("keys", "scales", "weights", "labels", "source", "mirrored")
+_READING = threading.RLock()  # hooks on a network cannot tell whose features they see
 SAME = 0.01  # share of images that may be in the cache by chance: sets hold a few images twice
 
 
@@ -40,10 +42,11 @@ class CacheMemory(Guard):
 
     place: ClassVar[Place] = "cache"
     labels: Tensor
-    marks: Tensor  # a number for each remembered image, whatever became of its item
+    marks: Tensor  # a number for each remembered image and, if that is an item too, for its mirror image; whatever became of the items
 
     pool: int | None
     separate: bool
+    mirror: bool
     index: str
     index_kind: str
     block: int
@@ -64,7 +67,7 @@ class CacheMemory(Guard):
     @property
     def items(self) -> Items:
         """What is remembered."""
-        if self._items is None or self._items.labels is not self.labels:
+        if self._items is None or any(getattr(self._items, name) is not getattr(self, name) for name in COLUMNS):
             self._items = Items(index=self._index, **{name: getattr(self, name) for name in COLUMNS})
         return self._items
 
@@ -76,7 +79,7 @@ class CacheMemory(Guard):
         """
         if self._reader is None or self._reader.model is not model:
             self._reader = KeyReader(model, self.facts["layers"], pool=self.pool, separate=self.separate)
-        with in_mode(model):
+        with _READING, in_mode(model):
             logits, keys = self._reader(images)
         for what, found in (("length", keys.shape[1]), ("classes", logits.shape[1])):
             if self.facts.setdefault(what, found) != found:
@@ -98,8 +101,8 @@ class CacheMemory(Guard):
             items = before.plus(items, ordered=self.index != "faiss")
         for name in COLUMNS:
             setattr(self, name, getattr(items, name))
-        marks = fingerprints(images).to(items.labels.device)
-        self.marks, self._items = torch.cat([self.marks.to(marks.device), marks]), None
+        marks = torch.cat([fingerprints(part) for part in (images, images.flip(-1))[: 2 if self.mirror else 1]])
+        self.marks, self._items = torch.cat([self.marks.to(items.labels.device), marks.to(items.labels.device)]), None
 
     def forget(self) -> None:
         """Begin anew."""

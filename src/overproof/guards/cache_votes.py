@@ -15,6 +15,7 @@ from overproof.guards.cache_items import Items
 
 QUERIES = 1024  # compared at a time: what is in work stays in the processor's cache
 FLOOR = -200.0  # log-probability of a class without an item: finite, and zero as a probability in single precision
+SILENT = -1e4  # a logarithm that weighs nothing
 
 
 def sweep(queries: Tensor, items: Items, thetas: Sequence[float], block: int) -> Tensor:
@@ -131,7 +132,7 @@ def sweep_nearest(queries: Tensor, items: Items, thetas: Sequence[float], block:
     similarity, rows = nearest(queries, items, count, block)
     weights = items.weights[rows].to(queries.dtype) if len(items.weights) else 0.0
     labels = items.labels[rows]
-    return torch.stack([gathered(theta * similarity + weights, labels, len(items.ends)) for theta in thetas])
+    return torch.stack([gathered(_votes(similarity, theta) + weights, labels, len(items.ends)) for theta in thetas])
 
 
 def evidence_of_all(queries: Tensor, items: Items, theta: float, block: int) -> Tensor:
@@ -149,7 +150,7 @@ def evidence_of_nearest(queries: Tensor, items: Items, theta: float, block: int,
     """
     with torch.no_grad():
         similarity, rows = nearest(queries.detach(), items, count, block)
-        exponents = similarity * theta
+        exponents = _votes(similarity, theta)
         kept = exponents.new_full((len(queries),), rows.shape[1])
         total = float(len(items))
         if len(items.weights):
@@ -157,8 +158,14 @@ def evidence_of_nearest(queries: Tensor, items: Items, theta: float, block: int,
             kept, total = items.weights[rows].exp().sum(dim=1).to(queries.dtype), float(items.weights.double().exp().sum())
         missing = (total - kept).clamp(min=0).log() + theta * similarity[:, -1]
         bound = (missing - exponents.logsumexp(dim=1)).exp().clamp(max=1)
+        bound = torch.where(similarity[:, -1] < -1.5, torch.ones_like(bound), bound)  # cells were left out
     found: Tensor = _NearestItems.apply(queries, items, rows, exponents, theta)
     return found, bound
+
+
+def _votes(similarity: Tensor, theta: float) -> Tensor:
+    """The exponents; an index that found nobody further (a similarity of -2) says nothing."""
+    return torch.where(similarity < -1.5, SILENT, theta * similarity)
 
 
 def log_shares(evidence: Tensor, classes: int) -> Tensor:

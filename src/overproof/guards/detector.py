@@ -45,8 +45,8 @@ class Detector(Guard):
         radius: how far a pixel may go on the way, in [0, 1].
         cap, untargeted_cap: most steps that are counted, at least 1.
         held_out: share of the natural images that is kept from the thresholds and tells the realised rate, in (0, 1).
-        stop_early: measure only until the verdict is known. Verdicts are the same; the scores of rejected images are lower bounds,
-            and what was not measured is NaN.
+        stop_early: measure only until the verdict is known. Verdicts are the same; scores are lower bounds, and what was not
+            measured is NaN.
         batch_size: images at once while fitting, at least 1.
         seed: of the randomness in `fit`.
 
@@ -167,7 +167,7 @@ class Detector(Guard):
         held = parts_of(len(right), len(self.criteria), rate, self.held_out)
         order = right[torch.randperm(len(right), generator=torch.Generator().manual_seed(self.seed))]
         self.facts = {}
-        chosen = self.probe.fitted(model, *natural.batch(order[held : held + FEW]))
+        chosen = self.probe.fitted(model, *natural.batch(order[held : held + FEW]), batch_size=self.batch_size)
         self.facts = {f"{name}_step": walk.step_size for name, walk in chosen.walks.items()}
         self.facts |= {"sigma": chosen.sigma} if chosen.noise else {}
         self.held, self.natural = (natural.survey(self.probe, rows) for rows in (order[:held], order[held:]))

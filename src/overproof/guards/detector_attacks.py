@@ -13,10 +13,10 @@ from overproof.attacks.adam import AdamAttack, Aim
 from overproof.attacks.ascent import input_gradient
 from overproof.attacks.base import Attack, logits_of, predictions, won
 from overproof.attacks.bpda import straight_through
-from overproof.attacks.combined import Wrapper
+from overproof.attacks.combined import Wrapper, build
 from overproof.attacks.eot import EOT
 from overproof.attacks.randomness import Streams, other_classes
-from overproof.attacks.threats import per_image
+from overproof.attacks.threats import Linf, per_image
 from overproof.errors import UsageError
 from overproof.guards.base import Judgement
 from overproof.guards.detector import Detector
@@ -24,6 +24,10 @@ from overproof.guards.detector_scores import Walk, noise_shift
 from overproof.networks import in_mode
 
 Weights = tuple[float, float, float, float]
+
+# Ways to deep images: towards the nearest wrong class, and towards one drawn at random.
+NEAREST = {"attack": "pgd", "loss": "margin", "steps": 50, "early_stop": False}
+ANY = {"attack": "adam", "loss": "margin"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,12 +139,15 @@ class SegmentSearch(Wrapper):
 
     x_a = x + a (x' - x), x' by the inner attack; a* = argmin_a score(x_a) over the x_a that the model gets wrong
 
+    Where the detector rolls dice, the least of many scores is a lucky one: the best place of each way is judged anew before it counts.
+
     Args:
-        inner, eps, norm, targeted: see `Wrapper`; an inner attack that goes far beyond the boundary.
+        inner, eps, norm, targeted: see `Wrapper`; an inner attack that goes far beyond the boundary. By default the margin is
+            descended: by PGD towards the nearest wrong class first, in later restarts by Adam towards one drawn at random.
         detector: called as `detector(model, images, streams)`, judges images.
         points: places on the way from the first wrong point to x' that are judged, at least 1.
         restarts: inner attacks, each with its own random numbers, later ones for images that are still rejected; at least 1.
-        looks: judgements of each place, of which the most suspicious counts, at least 1.
+        looks: fresh judgements of the best place of a way, whose mean score counts, at least 1; open while one rejects it.
 
     Raises:
         UsageError: points, restarts or looks below 1.
@@ -150,7 +157,7 @@ class SegmentSearch(Wrapper):
     Differences from the paper: the search itself, which follows the idea and not a published algorithm.
     """
 
-    inner: str | Mapping[str, Any] | Attack = field(default_factory=lambda: {"attack": "adam", "loss": "margin"})
+    inner: str | Mapping[str, Any] | Attack = field(default_factory=lambda: dict(NEAREST))
     detector: Callable[..., Judgement] = field(repr=False)
     points: int = 20
     restarts: int = 3
@@ -162,6 +169,14 @@ class SegmentSearch(Wrapper):
             given = f"points={self.points}, restarts={self.restarts}, looks={self.looks}"
             raise UsageError(f"SegmentSearch({given}): all must be at least 1.")
 
+    def way(self, number: int) -> Attack:
+        """The inner attack of a restart."""
+        if number == 0 or self.inner != NEAREST:
+            return self.attack
+        threat = self.attack.threat
+        pace = {"learning_rate": min(AdamAttack.learning_rate, threat.eps / 2)} if isinstance(threat, Linf) else {}
+        return build({**ANY, **pace}, eps=self.eps, norm=self.norm, targeted=self.targeted or None)
+
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images."""
         streams = Streams.of(generator, images)
@@ -172,7 +187,7 @@ class SegmentSearch(Wrapper):
                 rows = search.open.nonzero().flatten()
                 if len(rows) == 0:
                     break
-                search.along(rows, streams.fork(number + 1).rows(rows))
+                search.along(rows, self.way(number), streams.fork(number + 1).rows(rows))
         return search.found
 
 
@@ -188,27 +203,38 @@ class _Search:
         """Whether the model gets these points of the images `rows` wrong (a target: right)."""
         return won(predictions(self.model, points), self.labels[rows], self.attack.targeted)
 
+    def judged(self, points: Tensor, rows: Tensor, streams: Streams, looks: int) -> tuple[Tensor, Tensor]:
+        """The scores (N,) of points of the images `rows`, infinite where the model is right, and whether they are rejected."""
+        scores = torch.full(rows.shape, torch.inf, dtype=self.scores.dtype, device=rows.device)
+        rejected = torch.ones_like(rows, dtype=torch.bool)
+        hit = self.wrong(points, rows).nonzero().flatten()
+        if len(hit):
+            seen = [self.attack.detector(self.model, points[hit], streams.fork(look).rows(hit)) for look in range(looks)]
+            scores[hit] = torch.stack([judgement.score for judgement in seen]).mean(dim=0).to(scores.dtype)
+            rejected[hit] = torch.stack([judgement.rejected for judgement in seen]).float().mean(dim=0) > 0
+        return scores, rejected
+
     def offer(self, points: Tensor, rows: Tensor, streams: Streams) -> None:
         """Keep those of the points that win and look more natural than what is known."""
-        hit = self.wrong(points, rows).nonzero().flatten()
-        if len(hit) == 0:
-            return
-        seen = [self.attack.detector(self.model, points[hit], streams.fork(i).rows(hit)) for i in range(self.attack.looks)]
-        scores = torch.stack([judgement.score for judgement in seen]).amax(dim=0).to(self.scores.dtype)
-        rejected = torch.stack([judgement.rejected for judgement in seen]).any(dim=0)
-        better = scores < self.scores[rows[hit]]
-        kept = rows[hit][better]
-        self.scores[kept], self.found[kept], self.open[kept] = scores[better], points[hit][better], rejected[better]
+        scores, rejected = self.judged(points, rows, streams, self.attack.looks)
+        better = scores < self.scores[rows]
+        kept = rows[better]
+        self.scores[kept], self.found[kept], self.open[kept] = scores[better], points[better], rejected[better]
 
-    def along(self, rows: Tensor, streams: Streams) -> None:
-        """Attack the images `rows`, and judge places between the first wrong point and the attack's."""
+    def along(self, rows: Tensor, attack: Attack, streams: Streams) -> None:
+        """Attack the images `rows`, judge places between the first wrong point and the attack's, and offer the best."""
         start, points = self.images[rows], self.attack.points
-        far = self.attack.attack(self.model, start, self.labels[rows], streams.fork(0))
+        far = attack(self.model, start, self.labels[rows], streams.fork(0))
         low, high = (torch.full(rows.shape, value, dtype=start.dtype, device=start.device) for value in (0.0, 1.0))
         for _ in range(7):
             middle = (low + high) / 2
             hit = self.wrong(start.lerp(far, per_image(middle, start)), rows)
             low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
+        best, least = far, torch.full(rows.shape, torch.inf, dtype=self.scores.dtype, device=rows.device)
         for number in range(points):
             share = high + (1 - high) * (number / max(points - 1, 1))
-            self.offer(start.lerp(far, per_image(share, start)).clamp(0, 1), rows, streams.fork(number + 1))
+            place = start.lerp(far, per_image(share, start)).clamp(0, 1)
+            scores, _ = self.judged(place, rows, streams.fork(number + 1), 1)
+            best = torch.where(per_image(scores < least, place), place, best)
+            least = torch.minimum(scores, least)
+        self.offer(best, rows, streams.fork(points + 1))

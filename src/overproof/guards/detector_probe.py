@@ -17,7 +17,7 @@ from overproof.errors import DataError
 from overproof.folding import folded
 from overproof.guards.cache_build import for_model
 from overproof.guards.detector_scores import Walk, fitting_sigma, noise_shift
-from overproof.networks import in_mode
+from overproof.networks import device_of, full_precision, in_mode
 
 Criterion = Literal["noise", "targeted", "untargeted"]
 CRITERIA: tuple[Criterion, ...] = ("noise", "targeted", "untargeted")  # in this order, the cheapest first
@@ -42,22 +42,26 @@ class Probe:
     walks: dict[str, Walk]
     open_steps: tuple[str, ...] = ()
 
-    def fitted(self, model: nn.Module, images: Tensor, streams: Streams) -> Probe:
+    def fitted(self, model: nn.Module, images: Tensor, streams: Streams, batch_size: int = 256) -> Probe:
         """The same with noise and step sizes that suit natural images (N, C, H, W), where they are not known.
 
         Raises:
             UsageError: there is no such step size.
             DataError: the model knows a single class.
         """
-        model = _cheaper(model, images)
-        with in_mode(model), torch.no_grad():
-            _, base, target = _ways(model, images, streams)
-        few = slice(WALKED)
-        walks = {
-            name: walk.fitted(model, images[few], base[few], target[few]) if name in self.open_steps else walk
-            for name, walk in self.walks.items()
-        }
-        sigma = fitting_sigma(model, images, streams.fork(0)) if self.noise and self.sigma is None else self.sigma
+        few, sigma = images[:WALKED], self.sigma
+        with full_precision(images.device):
+            model = _cheaper(model, images)
+            with in_mode(model), torch.no_grad():
+                parts = torch.split(torch.arange(len(few), device=few.device), batch_size)
+                ways = [_ways(model, few[rows], streams.rows(rows))[1:] for rows in parts]
+            base, target = (torch.cat(part) for part in zip(*ways, strict=True))
+            walks = {
+                name: walk.fitted(model, few, base, target, batch_size) if name in self.open_steps else walk
+                for name, walk in self.walks.items()
+            }
+            if self.noise and sigma is None:
+                sigma = fitting_sigma(model, images, streams.fork(0), batch_size)
         return replace(self, sigma=sigma, walks=walks, open_steps=())
 
     def measure(
@@ -72,10 +76,12 @@ class Probe:
             limits: thresholds; an image above one of them is not measured further, walks end a step above theirs, and what no
                 image can exceed is not measured. What was not measured is NaN.
         """
-        model = _cheaper(model, images)
         parts, rows = {}, torch.arange(len(images), device=images.device)
         blank = torch.full((len(images),), math.nan, device=images.device)
-        with in_mode(model), torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        # Thresholds and verdicts must be made of the same numbers, whatever precision the caller works in.
+        differentiable = torch.is_grad_enabled() and images.requires_grad
+        with full_precision(images.device), in_mode(model), torch.set_grad_enabled(differentiable):
+            model = _cheaper(model, images)
             logits, base, target = _ways(model, images, streams)
             if self.noise:
                 shift = noise_shift(model, images, logits, streams.fork(0), sigma=self.sigma or 0.0, draws=self.draws)
@@ -141,7 +147,8 @@ class Natural:
         """
         known = check_labels(labels, len(self.images), "detector").cpu()
         rows = torch.arange(len(known))
-        found = [predictions(self.model, self.batch(part)[0]).cpu() for part in torch.split(rows, self.batch_size)]
+        with full_precision(device_of(self.model)):
+            found = [predictions(self.model, self.batch(part)[0]).cpu() for part in torch.split(rows, self.batch_size)]
         return rows[torch.cat(found) == known]
 
     @torch.no_grad()

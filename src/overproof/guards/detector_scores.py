@@ -46,14 +46,16 @@ def noise_shift(model: nn.Module, images: Tensor, logits: Tensor, streams: Strea
     return total / draws
 
 
-def fitting_sigma(model: nn.Module, images: Tensor, streams: Streams) -> float:
+def fitting_sigma(model: nn.Module, images: Tensor, streams: Streams, batch_size: int = 256) -> float:
     """The strongest noise, between 0.0001 and 1, under which 97 % of the `images` keep their class."""
     low, high = 1e-4, 1.0
-    known = predictions(model, images)
+    parts = torch.split(torch.arange(len(images), device=images.device), batch_size)
+    known = [predictions(model, images[rows]) for rows in parts]
     for _ in range(10):
-        sigma = math.sqrt(low * high)
-        noisy = images + normal(images, streams.fork(0), sigma)  # the same noise each time, only stronger
-        kept = float((predictions(model, noisy) == known).float().mean())
+        sigma, kept = math.sqrt(low * high), 0.0
+        for rows, classes in zip(parts, known, strict=True):
+            shaken = normal(images[rows], streams.rows(rows).fork(0), sigma)  # the same noise each time, only stronger
+            kept += float((predictions(model, images[rows] + shaken) == classes).sum()) / len(images)
         low, high = (sigma, high) if kept >= KEPT else (low, sigma)
     return low
 
@@ -118,7 +120,7 @@ class Walk:
                 counts[rows] = step
             return counts
 
-    def fitted(self, model: nn.Module, images: Tensor, base: Tensor, target: Tensor) -> Walk:
+    def fitted(self, model: nn.Module, images: Tensor, base: Tensor, target: Tensor, batch_size: int = 256) -> Walk:
         """This walk with a step size at which the median of natural `images` makes 5 to 10 steps.
 
         Raises:
@@ -126,8 +128,10 @@ class Walk:
         """
         trial, low, high = replace(self, cap=min(TRIAL, self.cap)), 0.0, math.inf
         nearest, best = math.inf, self.step_size
+        parts = torch.split(torch.arange(len(images), device=images.device), batch_size)
         for _ in range(ROUNDS):
-            median = max(float(trial.count(model, images, base, target).float().median()), 0.5)
+            counts = [trial.count(model, *(part[rows] for part in (images, base, target))) for rows in parts]
+            median = max(float(torch.cat(counts).float().median()), 0.5)
             off, slow = abs(math.log(median / WANTED)), median > MOST or median >= trial.cap
             if median < trial.cap and off < nearest:
                 nearest, best = off, trial.step_size

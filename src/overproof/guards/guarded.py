@@ -83,9 +83,14 @@ class Guarded(nn.Module):
         return Verdict(logits, logits.softmax(dim=1), score, rejected, parts)
 
     def classify(
-        self, images: Tensor, generator: torch.Generator | None = None, **purifying: Any
+        self, images: Tensor, generator: torch.Generator | None = None, *, smooth: bool = False, **purifying: Any
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Logits (N, K), the images that the model saw, and what purifier and cache tell; the detector is not asked."""
+        """Logits (N, K), the images that the model saw, and what purifier and cache tell; the detector is not asked.
+
+        Args:
+            images, generator, **purifying: see `forward`.
+            smooth: a cache without a gradient, or with that of its nearest items alone, answers with all items instead.
+        """
         first, seen, parts = slice(len(images)), images, {}
         if self.purifier is not None:
             seen = self._purified(images, generator, **purifying)
@@ -94,7 +99,8 @@ class Guarded(nn.Module):
             raise UsageError(f"Guarded({', '.join(purifying)}): there is no purifier that could take this; give purifier=....")
         if self.cache is None:
             return _averaged(logits_of(self.model, seen), len(images)), seen[first], parts
-        answer: Answer = self.cache(self.model, seen)
+        ask: Any = getattr(self.cache, "smoothly", self.cache) if smooth else self.cache
+        answer: Answer = ask(self.model, seen)
         parts |= {f"cache/{name}": value[first] for name, value in answer.parts.items()}
         return _averaged(answer.logits, len(images)), seen[first], parts
 
@@ -131,6 +137,9 @@ def _averaged(logits: Tensor, images: int) -> Tensor:
 class GuardedLogits(nn.Module):
     """The classifier that a guarded model is when nobody is turned away.
 
+    A cache that has no gradient, or only that of its nearest items, would blind attacks: images that ask for a gradient are answered
+    by all its items (`Cache.smoothly`), and judged by the cache as it is.
+
     Args:
         guarded: the guarded model.
         **purifying: see `Guarded.forward`.
@@ -144,4 +153,5 @@ class GuardedLogits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] -> logits (N, K)."""
-        return self.guarded.classify(images, **self.purifying)[0]
+        asked = torch.is_grad_enabled() and images.requires_grad
+        return self.guarded.classify(images, smooth=asked, **self.purifying)[0]

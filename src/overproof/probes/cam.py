@@ -42,7 +42,7 @@ def grad_cam(
     with in_mode(model), torch.inference_mode(False):
         if weight is not None:
             with torch.no_grad():
-                maps = _tapped(model, layer, images)[1]
+                maps = _channels_first(model, _tapped(model, layer, images)[1])
             factors = weight[labels] / (maps.shape[2] * maps.shape[3])
         else:
             with torch.enable_grad():
@@ -53,7 +53,8 @@ def grad_cam(
                 raise UsageError(
                     f"The logits of {type(model).__name__} do not depend on the layer {layer!r}; name another one."
                 )
-            factors = gradient.mean(dim=(2, 3))
+            factors = _channels_first(model, gradient).mean(dim=(2, 3))
+            maps = _channels_first(model, maps)
         return torch.einsum("nc,nchw->nhw", factors, maps.detach()).relu()
 
 
@@ -65,11 +66,11 @@ def spatial_layer(model: nn.Module, image: Tensor) -> str:
     """
     try:
         names = stages(model)
+        with in_mode(model), torch.no_grad():
+            _, found = Tap(model, names)(image)
     except OverproofError as error:
         raise UsageError(f"{type(model).__name__} has no map to look at: {error}") from error
-    with in_mode(model), torch.no_grad():
-        _, found = Tap(model, names)(image)
-    maps = [name for name in names if found[name].dim() == 4 and found[name][0, 0].numel() > 1]
+    maps = [name for name in names if found[name].dim() == 4 and _channels_first(model, found[name])[0, 0].numel() > 1]
     if not maps:
         shapes = ", ".join(f"{name} {tuple(found[name].shape[1:])}" for name in names)
         raise UsageError(f"{type(model).__name__} has no stage with a spatial layout ({shapes}).")
@@ -83,10 +84,12 @@ def closed_head(model: nn.Module, layer: str, images: Tensor) -> Tensor | None:
     except OverproofError:
         return None
     assert isinstance(last, nn.Linear)
-    tap = Tap(model, (layer, vector))
     with in_mode(model), torch.no_grad():
-        logits, found = tap(images)
-        maps, read = found[layer], found[vector]
+        try:
+            logits, found = Tap(model, (layer, vector))(images)
+        except OverproofError:  # the forward pass goes round it
+            return None
+        maps, read = _channels_first(model, found[layer]), found[vector]
         same = read.shape == maps.shape[:2] and torch.allclose(read, maps.mean(dim=(2, 3)), rtol=CLOSE, atol=CLOSE)
         if same and logits.shape[1] == last.out_features and torch.allclose(last(read), logits, rtol=CLOSE, atol=CLOSE):
             return last.weight.detach()
@@ -98,6 +101,12 @@ def resized(cams: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(cams.shape[1:]) == size:
         return cams
     return F.interpolate(cams[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _channels_first(model: nn.Module, maps: Tensor) -> Tensor:
+    """Maps (N, C, h, w) of a network that may keep its channels last, as timm's Swin does and says."""
+    last = any(str(getattr(part, "output_fmt", "")) in ("NHWC", "Format.NHWC") for part in model.modules())
+    return maps.permute(0, 3, 1, 2) if last and maps.dim() == 4 else maps
 
 
 def _tapped(model: nn.Module, layer: str, images: Tensor, *, leaves: bool = False) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,10 @@ class CKA(Probe):
             raise SkipProbe(f"Representations of {len(rows)} images are alike in any two networks; give at least 4.")
         grams = {name: self._grams(lab, name, rows) for name in (lab.teacher, *lab.judged)}
         taught = grams[lab.teacher]
-        blocks = torch.arange(len(rows)).tensor_split(min(BLOCKS, len(rows) // 2))
+        count = min(BLOCKS, len(rows) // 2)
+        blocks = tuple(
+            torch.arange(start, len(rows), count) for start in range(count)
+        )  # each across a set that is sorted by class
         columns = {name: jackknife(taught, grams[name], blocks) for name in lab.judged}
         grids: dict[str, np.ndarray] = {
             f"grid/{name}": grid(taught, grams[name]).numpy() for name in (*lab.students, *lab.independents)
@@ -70,9 +73,9 @@ class CKA(Probe):
         with lab.running(name) as (model, device), torch.no_grad():
             try:
                 names = tuple(dict.fromkeys((*stages(model), penultimate(model))))
+                _, found = Tap(model, names)(lab.images[rows].to(device))
             except OverproofError as reason:
                 raise SkipProbe(f"{name!r}: {reason}") from reason
-            _, found = Tap(model, names)(lab.images[rows].to(device))
             return torch.stack([gram(feature) for feature in found.values()]).cpu()
 
 

@@ -48,7 +48,9 @@ class GroupBias(Probe):
             if empty
             else []
         )
-        if len(held) < 2 or groups.deprived in empty:
+        if groups.deprived in empty:
+            raise SkipProbe(f"No held-out image of the group {groups.deprived!r}, which the teacher never saw, is there.")
+        if len(held) < 2:
             raise SkipProbe(f"Held-out images are there of {', '.join(held)} only; one group cannot be compared with others.")
         right = {name: (lab.clean(name) == lab.labels).double() for name in lab.watched}
         columns = {

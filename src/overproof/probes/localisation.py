@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from overproof.errors import UsageError
+from overproof.errors import OverproofError
 from overproof.probes.base import SEEDS, Probe, Result, Row, SkipProbe
 from overproof.probes.cam import closed_head, grad_cam, resized, spatial_layer
 from overproof.probes.intervals import Table
@@ -86,13 +86,13 @@ class Localisation(Probe):
             few = lab.images[rows[:2]].to(device)
             try:
                 layer = spatial_layer(model, few[:1])
-            except UsageError as reason:
+                closed = closed_head(model, layer, few) is not None
+                parts = [
+                    grad_cam(model, lab.images[part].to(device), lab.labels[part].to(device), layer=layer, closed=closed).cpu()
+                    for part in torch.split(rows, lab.batch_size)
+                ]
+            except OverproofError as reason:
                 raise SkipProbe(f"{name!r}: {reason}") from reason
-            closed = closed_head(model, layer, few) is not None
-            parts = [
-                grad_cam(model, lab.images[part].to(device), lab.labels[part].to(device), layer=layer, closed=closed).cpu()
-                for part in torch.split(rows, lab.batch_size)
-            ]
         return torch.cat(parts)
 
 

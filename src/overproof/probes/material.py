@@ -88,6 +88,8 @@ class Material:
     groups: Groups | None = None
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels"):  # models may lie elsewhere; batches are taken there
+            object.__setattr__(self, name, getattr(self, name).cpu())
         if not len(self.images):
             raise DataError("There is nothing to probe: the data hold no image.")
         if len(self.images) != len(self.labels):

@@ -102,7 +102,13 @@ class DecisionPlanes(Probe):
         """Agreement with the teacher on the planes of the images and of every unseen domain."""
         if len(lab.images) < 3:
             raise SkipProbe(f"A plane goes through three images; there are {len(lab.images)}.")
-        sets = {"": lab.images, **{name: images for name, (images, _) in lab.material.domains.items() if len(images) >= 3}}
+        domains = {name: images for name, (images, _) in lab.material.domains.items()}
+        sets = {"": lab.images, **{name: images for name, images in domains.items() if len(images) >= 3}}
+        notes = tuple(
+            f"{name}: {len(images)} images, through which no plane goes."
+            for name, images in domains.items()
+            if name not in sets
+        )
         rows, pictures = [], dict[str, np.ndarray]()
         for domain, images in sets.items():
             drawn = self.drawn(images)
@@ -113,7 +119,7 @@ class DecisionPlanes(Probe):
             rows.append(self.row(lab, "same class on planes", agreement, condition=domain))
             pictures = pictures or _pictures(lab, maps, drawn)
         facts = {"planes": self.planes, "points": self.side**2}
-        return self.found(*rows, facts=facts, pictures=pictures)
+        return self.found(*rows, notes=notes, facts=facts, pictures=pictures)
 
     def drawn(self, images: Tensor) -> Planes:
         """Planes through three different images each, drawn from the seed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from overproof.probes.lab import Lab
 from overproof.probes.material import Cues
 from overproof.probes.store import fingerprint
 
-_NAME = re.compile(r"(.+?)\d*-(.+?)\d*")
+_NUMBER = re.compile(r"\d+$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,8 @@ def shape_or_texture(decided: Tensor, shape: Tensor, texture: Tensor) -> Tensor:
 def read_cues(folder: str | Path, classes: Sequence[str], *, channels: int, side: int, merged: Tensor | None = None) -> Cues:
     """Images called SHAPE-TEXTURE, each perhaps with a number behind it: cat1-bottle2.png has the shape of a cat.
 
+    A word that is the name of a class is that class, whatever digits it ends in.
+
     Args:
         folder: of images, searched with all below it.
         classes: names that shapes and textures have, in the order of the models' classes (of `merged`, if that is given).
@@ -109,9 +111,8 @@ def read_cues(folder: str | Path, classes: Sequence[str], *, channels: int, side
     places = {name.lower(): number for number, name in enumerate(classes)}
     paths, pairs = find_pictures([folder]), []
     for path in paths:
-        match = _NAME.fullmatch(path.stem.lower())
-        found = [places.get(word.strip()) for word in match.groups()] if match else [None]
-        if None in found:
+        found = [_class_of(word, places) for word in path.stem.lower().split("-")]
+        if len(found) != 2 or None in found:
             raise DataError(
                 f"{path} should be called SHAPE-TEXTURE, such as {classes[0]}1-{classes[-1]}2.png, with classes among {', '.join(classes[:20])}."
             )
@@ -119,3 +120,8 @@ def read_cues(folder: str | Path, classes: Sequence[str], *, channels: int, side
     numbers = torch.tensor(pairs, dtype=torch.long)
     images = torch.stack([torch.tensor(decode(path, channels=channels, image_size=side)) for path in paths])
     return Cues(to_float(images), numbers[:, 0], numbers[:, 1], merged)
+
+
+def _class_of(word: str, places: Mapping[str, int]) -> int | None:
+    word = word.strip()
+    return places[word] if word in places else places.get(_NUMBER.sub("", word).strip())

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from overproof.errors import FolderError
 from overproof.report.charts import Chart
 from overproof.report.drawing import INK, draw, line_style
+from overproof.report.gallery import png
 from overproof.report.reading import Run
 from overproof.report.values import items, number, numbers, table
 
@@ -14,6 +16,11 @@ WORDS = {
     "noise": "change of the answer under noise",
     "targeted": "steps towards another class",
     "untargeted": "steps away from the class",
+}
+KINDS = {
+    "natural-rejected": "Natural images that are rejected",
+    "attacked-rejected": "Images of the strongest attack, wrong and rejected",
+    "attacked-passed": "Images of the strongest attack, wrong and not rejected",
 }
 MOST = 6  # attacks in one drawing
 
@@ -28,13 +35,16 @@ class Detected:
     clean_rejected: float | None
     strongest: str
     criteria: list[str]
+    pictures: list[tuple[str, list[str]]]
 
 
 def detected(run: Run) -> Detected | None:
-    """The detector's part of the first evaluation that has one, or None; a part that cannot be drawn adds a warning."""
-    found = next((table(e.get("detection")) for e in run.evaluations.values() if table(e.get("detection"))), None)
-    if found is None:
+    """The detector's part of the evaluation in which most images passed it, or None; a part that cannot be drawn adds a warning."""
+    behind = {name: told for name, facts in run.evaluations.items() if (told := table(facts.get("detection")))}
+    if not behind:
         return None
+    chosen = max(behind, key=lambda name: _worst(behind[name]))
+    found = behind[chosen]
     attacks = {str(name): table(facts) for name, facts in table(found.get("attacks")).items()}
     keys = ("success", "detected", "wrong_and_not_rejected", "area")
     by = {name: numbers(facts.get("detected_by")) for name, facts in attacks.items()}
@@ -48,7 +58,22 @@ def detected(run: Run) -> Detected | None:
         charts += [chart for chart in (_roc(attacks, strongest), _over_steps(table(found.get("over_steps")))) if chart]
     except (KeyError, ValueError, TypeError, IndexError) as error:
         run.warnings.append(f"{run.folder.path}: the detector's scores cannot be drawn ({type(error).__name__}: {error}).")
-    return Detected(run, charts, rows, number(found.get("clean_rejected")), strongest, criteria)
+    return Detected(run, charts, rows, number(found.get("clean_rejected")), strongest, criteria, _pictures(run, chosen))
+
+
+def _worst(found: dict[str, Any]) -> float:
+    attacks = table(found.get("attacks")).values()
+    return max((number(table(facts).get("wrong_and_not_rejected")) or 0.0 for facts in attacks), default=0.0)
+
+
+def _pictures(run: Run, evaluation: str) -> list[tuple[str, list[str]]]:
+    """Captions, and a few images under each as data URIs."""
+    try:
+        kept = run.folder.arrays(evaluation, "gallery")
+        return [(text, [png(pixels / 255.0) for pixels in kept[name]]) for name, text in KINDS.items() if name in kept]
+    except (FolderError, ValueError, TypeError, IndexError) as error:
+        run.warnings.append(f"{run.folder.path}: the rejected images cannot be shown ({type(error).__name__}: {error}).")
+        return []
 
 
 def _histogram(name: str, facts: dict[str, Any], limit: float | None, attack: str) -> Chart:

@@ -177,6 +177,10 @@ def guard_text(summary: Mapping[str, Any]) -> str:
         own = " (made without the guards)" if row["transfer"] else ""
         shares = f"{_share(row['wrong_and_not_rejected']):>8}  {_share(row['without']):>8}  {_share(row['detected'])}"
         lines.append(f"  {row['name']:{max(width, 24)}} {shares}{own}")
+    if known := number(found.get("remembered")):
+        lines.append(f"  note: {known:.0f} of the images are in the cache, which knows their labels")
+    if found.get("caution"):
+        lines.append(f"  warning: {found['caution']}")
     strongest = found.get("strongest")
     lines.append(f"  strongest: {strongest}" if strongest else "  no attack was made, so nothing is known about robustness")
     return "\n".join(lines)

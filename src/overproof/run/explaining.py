@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from overproof import console
 from overproof.config import RunConfig, resolve
 from overproof.data import Splits
+from overproof.data.extra import classes_agree, few
+from overproof.data.load import source_of
 from overproof.data.modifiers import MODIFIERS
 from overproof.errors import UsageError
 from overproof.folder import RunFolder
@@ -87,8 +89,10 @@ def explain_runs(
     if not students:
         raise UsageError("Name at least one student: overproof explain TEACHER STUDENT --independent RUN --independent RUN.")
     folders = {"teacher": RunFolder(teacher).require(), **_named(by_role)}
-    config = resolve(folders[next(name for name in folders if name.startswith("student"))].config)
+    first = next(name for name in folders if name.startswith("student"))
+    config = resolve(folders[first].config)
     material = material_of(config, subject or Subject())
+    _same_classes(folders, material)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models: dict[str, nn.Module] = {
         name: load_model(folder.path, which, trusted=trusted).to(device) for name, folder in folders.items()
@@ -96,10 +100,37 @@ def explain_runs(
     store = Store(folders["teacher"].path / HOME if keep else None)
     if len(by_role.get("independent", ())) < 2:
         console.note("note: name two students without teacher (--independent RUN, two seeds), else no probe can be controlled.")
+    if not by_role.get("foreign") and (shared := _shared_seeds(folders)):
+        console.note(
+            f"note: {', '.join(shared)} began with the weights of a student. Attacks made against such a network fool that student more than "
+            "chance, so the control by foreign attacks is too large: name independent students of other seeds, or --foreign RUN."
+        )
     found = explain(models, material, store=store, **options)
     runs = {name: str(folder.path) for name, folder in folders.items()}
     about = {"data": (subject or Subject()).data or config.data.name, "split": (subject or Subject()).split, "runs": runs}
     return Explanation(found.results, {**about, "weights": which, **found.facts})
+
+
+def _same_classes(folders: Mapping[str, RunFolder], material: Material) -> None:
+    """Refuse runs that name their classes otherwise than the images do."""
+    for name, folder in folders.items():
+        known = tuple(map(str, folder.data.get("classes", ())))
+        if (
+            known
+            and material.classes
+            and not (classes_agree(known, material.classes) or classes_agree(material.classes, known))
+        ):
+            raise UsageError(
+                f"{name} ({folder.path}) was trained on {few(known)}, but the images have {few(material.classes)}. Models of different "
+                "classes cannot be compared."
+            )
+
+
+def _shared_seeds(folders: Mapping[str, RunFolder]) -> list[str]:
+    """Independent students with the network and the seed of a student."""
+    begun = {name: (folder.config.get("seed"), folder.config.get("model")) for name, folder in folders.items()}
+    taught = [start for name, start in begun.items() if name.startswith("student")]
+    return [name for name, start in begun.items() if name.startswith("independent") and start in taught]
 
 
 def _named(by_role: Mapping[str, Sequence[str | Path]]) -> dict[str, RunFolder]:
@@ -153,7 +184,7 @@ def _groups(part: Any, index: Tensor, subject: Subject) -> Groups | None:
 
 def _full(config: RunConfig, name: str) -> str:
     """A change stands for the set's own images under it."""
-    return f"{config.data.name}+{name}" if name.partition(":")[0] in MODIFIERS else name
+    return f"{config.data.name}+{name}" if name.partition("+")[0].partition(":")[0] in MODIFIERS else name
 
 
 def _domains(seen: Material) -> tuple[str, ...]:
@@ -161,12 +192,14 @@ def _domains(seen: Material) -> tuple[str, ...]:
     return GREY_DOMAINS if coloured and bool((seen.images == seen.images[:, :1]).all()) else DOMAINS
 
 
-def check_resemblance(metric: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that the probe behind a figure of a recipe does not have.
+def check_resemblance(metric: str, options: Mapping[str, Any], config: RunConfig, data: str) -> None:
+    """Refuse options that the probe behind a figure of a recipe does not have, and data that there are not.
 
     Raises:
         UsageError: names one.
     """
+    if data:
+        source_of(_full(config, data))
     if metric in ASKED:
         PROBES.get(ASKED[metric]).check(dict(options), "probe")
     elif options:

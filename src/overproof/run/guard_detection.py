@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,21 +20,25 @@ from overproof.data import make_loader
 from overproof.evaluation.detection import measure_detector, over_steps
 from overproof.guards.base import Judgement
 from overproof.guards.detector import Detector
-from overproof.guards.detector_attacks import SegmentSearch
+from overproof.guards.detector_attacks import NEAREST, SegmentSearch
 from overproof.guards.guarded import Guarded
 from overproof.networks import on_device
 
 TRANSFER = "-transfer"
 SEARCH = "segment-search"
+DRAWS = 8  # of a purifier's noise, over which the way of a search is averaged
 FOLLOWED = 256  # images whose scores are followed over the steps of an attack
 
 
-def _search(attack: Attack, judge: Beside) -> SegmentSearch:
+def _search(attack: Attack, judge: Beside, *, random: bool = False) -> SegmentSearch:
     """The search under the attack's own threat, along the way to a deep image: one that stops at the boundary leads nowhere."""
     threat = attack.threat
-    if isinstance(threat, Linf | L2 | L1) and math.isfinite(threat.eps):
-        return SegmentSearch(detector=judge, eps=threat.eps, norm=type(threat).__name__)  # type: ignore[arg-type]
-    return SegmentSearch(inner=attack, detector=judge)
+    if not isinstance(threat, Linf | L2 | L1) or not math.isfinite(threat.eps):
+        return SegmentSearch(inner=attack, detector=judge)
+    ball: dict[str, Any] = {"eps": threat.eps, "norm": type(threat).__name__}
+    if not random:
+        return SegmentSearch(detector=judge, **ball)
+    return SegmentSearch(inner={"attack": "eot", "inner": dict(NEAREST), "samples": DRAWS}, detector=judge, **ball)
 
 
 class Beside:
@@ -61,8 +66,8 @@ class Beside:
 
 def detection_of(
     guarded: Guarded, data: Any, attacks: Mapping[str, Attack], *, batch_size: int, seed: int, device: torch.device
-) -> dict[str, Any]:
-    """The table "detection" of an evaluation: every attack before the detector, and a search for each of their threats."""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The table "detection" of an evaluation, and pictures: every attack before the detector, and a search for each of their threats."""
     assert isinstance(guarded.detector, Detector)
     console.note("judging attacked images with the detector")
     with on_device(guarded, device):
@@ -71,7 +76,7 @@ def detection_of(
         images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
         searches: dict[str, SegmentSearch] = {}
         for name, attack in attacks.items():
-            search = None if name.endswith(TRANSFER) else _search(attack, judge)
+            search = None if name.endswith(TRANSFER) else _search(attack, judge, random=guarded.purifier is not None)
             if search is not None and search not in searches.values():  # attacks of one threat share it
                 searches[f"{name}-{SEARCH}"] = search
         found = measure_detector(
@@ -83,7 +88,7 @@ def detection_of(
             seed=seed,
             batch_size=batch_size,
         )
-        return {**found.summary(), **_over_steps(judge, guarded, images, labels, attacks, seed)}
+        return {**found.summary(), **_over_steps(judge, guarded, images, labels, attacks, seed)}, found.pictures()
 
 
 def _over_steps(

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from overproof import console
 from overproof.attacks.base import Attack
+from overproof.attacks.combined import patient
 from overproof.attacks.transfer import Transfer
 from overproof.config import resolve
 from overproof.data import ImageSet, make_loader
@@ -26,7 +28,12 @@ from overproof.networks import device_of, on_device
 from overproof.run.guard_detection import TRANSFER, detection_of
 from overproof.run.guarding import guard_data, load_guarded
 from overproof.run.judging import check_name, free_name, name_of, part_of
-from overproof.run.purifying import check_levels, patient, purifier_pictures, sigma_curve
+from overproof.run.purifying import check_levels, purifier_pictures, sigma_curve
+
+BLIND = (
+    "The cache asks an index for the nearest items: where these agree there is no gradient, so attacks through the cache are weaker than "
+    'they could be. Measure with index="matrix".'
+)
 
 
 def evaluate_guarded(
@@ -44,7 +51,8 @@ def evaluate_guarded(
 
     Only the first kind of attack says whether the model is robust; the second shows what its guards stop in those who do not
     know of them. With a detector, every attack also starts a search for points that the detector takes for natural. Before a
-    purifier no attack stops early: where dice are rolled, a lucky pass is no success.
+    purifier or a cache no attack stops early: where dice are rolled a lucky pass is no success, and a cache of few neighbours is attacked
+    by way of all of them.
 
     Args:
         guarded: the model with its guards.
@@ -63,7 +71,7 @@ def evaluate_guarded(
     """
     check_levels(guarded, sigma)
     made, images = make_attacks(attacks), images_of(data)
-    if guarded.purifier is not None:
+    if guarded.purifier is not None or guarded.cache is not None:
         made = {name: patient(attack) for name, attack in made.items()}
     place = torch.device(device) if device is not None else device_of(guarded.model)
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": place}
@@ -79,14 +87,18 @@ def evaluate_guarded(
         tried |= {f"{name}{TRANSFER}": Transfer(inner=attack, source=guarded.model) for name, attack in made.items()}
     bare = evaluate(guarded.model, images, attacks=made, sanity=0, **common) if changes else None
     result = evaluate(guarded.logits_model(), images, attacks=tried, sanity=sanity, **common)
-    detection = detection_of(guarded, images, tried, **common) if guarded.detector is not None else None
+    detection: dict[str, Any] | None = None
+    rejected: dict[str, np.ndarray] = {}
+    if guarded.detector is not None:
+        detection, rejected = detection_of(guarded, images, tried, **common)
     facts = {**_table(result, bare or result, detection), "guards": _places(guarded), "remembered": known}
+    facts |= {"caution": BLIND if getattr(guarded.cache, "index", None) == "faiss" else None}
     more = {} if detection is None else {"detection": detection}
     if sigma:
         with on_device(guarded, place):
             more["purifier"] = sigma_curve(guarded, images, tried, sigma, **common)
     shown = purifier_pictures(guarded, result.gallery)
-    return Evaluation({**result.summary, "guard": facts, **more}, result.samples, {**result.gallery, **shown})
+    return Evaluation({**result.summary, "guard": facts, **more}, result.samples, {**result.gallery, **shown, **rejected})
 
 
 def _places(guarded: Guarded) -> list[str]:
@@ -110,9 +122,11 @@ def _table(result: Evaluation, bare: Evaluation, detection: dict[str, Any] | Non
             through, detected = result.summary["attacks"][name]["success_rate"], None
         else:
             through, detected = detection["attacks"][name]["wrong_and_not_rejected"], detection["attacks"][name]["detected"]
+        if name in result.summary["attacks"] and result.summary["attacks"][name]["no_gradient"]:
+            through = None  # nothing was attacked: no robustness
         without = bare.summary["attacks"].get(own, {}).get("success_rate")
         attacks[name] = {"wrong_and_not_rejected": through, "detected": detected, "without": without, "transfer": own != name}
-    shares = {name: facts["wrong_and_not_rejected"] for name, facts in attacks.items()}
+    shares = {name: share for name, facts in attacks.items() if (share := facts["wrong_and_not_rejected"]) is not None}
     return {
         "clean": result.clean,
         "clean_without": bare.clean,

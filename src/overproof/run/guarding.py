@@ -26,7 +26,7 @@ from overproof.guards.storage import HOME, describe_guards, load_guards, save_gu
 from overproof.models.weights import load_model
 from overproof.networks import device_of
 from overproof.run.prepare import USER, data_of, with_data
-from overproof.run.purifying import fit_purifier
+from overproof.run.purifying import fit_purifier, purifier_stamp, shown
 
 SHOWN, NEIGHBOURS = 8, 5  # test images in the report, and neighbours of each
 READ = 1024  # images of a streamed set at a time
@@ -47,7 +47,8 @@ def fit_guards(
     """Fit guards for the model of a run folder and keep them in it.
 
     A cache remembers the training images, is tuned on the validation part, and then remembers that part too, as the paper does.
-    A detector is fitted on the validation part. Test images are looked at by nobody, but for a few pictures in the report.
+    A detector is fitted on the validation part, as a purifier shows it to the model if the run has one. Test images are looked at
+    by nobody, but for a few pictures in the report.
     There is one purifier: a new one takes the place of any other.
 
     Args:
@@ -70,6 +71,7 @@ def fit_guards(
     if not guards:
         raise UsageError(f"Name the guards to be fitted; known are {', '.join(GUARDS.names())}.")
     made: dict[str, Guard] = {name: GUARDS.create(name, **options) for name, options in guards.items()}
+    made = dict(sorted(made.items(), key=lambda pair: pair[1].place != "purifier"))  # the detector sees what it purifies
     purifiers = [name for name, guard in made.items() if guard.place == "purifier"]
     if len(purifiers) > 1 or (pretrained is not None and not purifiers):
         raise UsageError(
@@ -86,11 +88,14 @@ def fit_guards(
         elif isinstance(guard, Purifier):
             fit_purifier(guard, model, *_tensors(splits.train), run=folder.path, pretrained=pretrained, trusted=trusted)
         else:
-            part = _needed(splits, guard.place) if guard.place == "detector" else splits.train
-            guard.fit(model, *_tensors(part))
+            images, labels = _tensors(_needed(splits, guard.place) if guard.place == "detector" else splits.train)
+            guard.fit(model, shown(folder.path, model, images) if guard.place == "detector" else images, labels)
             if tune and splits.validation is not None:
                 guard.tune(model, *_tensors(splits.validation))
-        save_guard(guard, folder.path, name, weights=which, data=splits.name, classes=list(splits.classes))
+        about: dict[str, Any] = {"weights": which, "data": splits.name, "classes": list(splits.classes)}
+        if guard.place == "detector":
+            about["behind"] = purifier_stamp(folder.path)
+        save_guard(guard, folder.path, name, **about)
         if guard.place == "purifier":
             _replace_others(folder.path, name)
         if isinstance(guard, Cache):
@@ -206,10 +211,17 @@ def load_guarded(run: str | Path, *, which: str | None = None, trusted: bool = F
 
     Raises:
         FolderError: no such run or guards, or damaged ones. Nothing read is executed.
-        UsageError: the guards were fitted for other weights.
+        UsageError: the guards were fitted for other weights, or the detector behind another purifier.
     """
     folder = RunFolder(run).require()
     guards = load_guards(folder.path)
     known = [str(dict(facts.get("about", {})).get("weights", "best")) for facts in describe_guards(folder.path).values()]
     model = load_model(folder.path, which or known[0], trusted=trusted)
+    for facts in describe_guards(folder.path).values():
+        about = dict(facts.get("about", {}))
+        if "behind" in about and about["behind"] != purifier_stamp(folder.path):
+            raise UsageError(
+                f"The detector of {folder.path} was fitted behind another purifier than the run has now, so its rate of false alarms is "
+                f"not known. Fit it again: overproof guard fit {folder.path} --detector."
+            )
     return Guarded(model, **guards).eval()

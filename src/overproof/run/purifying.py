@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from overproof import console
 from overproof.attacks.base import Attack, predictions
-from overproof.attacks.combined import WorstCase, Wrapper
 from overproof.attacks.randomness import Streams
 from overproof.data import make_loader
+from overproof.data.pixels import to_float
 from overproof.errors import UsageError
 from overproof.evaluation.evaluator import evaluate
 from overproof.folder import RunFolder
@@ -23,9 +22,11 @@ from overproof.guards.guarded import Guarded
 from overproof.guards.purifier import NIMPurifier
 from overproof.guards.purifier_base import MEASURED, Level, Purifier
 from overproof.guards.purifier_small import SmallPurifier
-from overproof.guards.storage import HOME, load_guard
+from overproof.guards.storage import HOME, describe_guards, load_guard
 from overproof.models.weights import load_model
 from overproof.networks import device_of, full_precision
+
+BATCH = 64  # images purified at a time
 
 
 def fit_purifier(
@@ -69,18 +70,24 @@ def fit_purifier(
         guard.fit(model, images, labels)
 
 
-def patient(attack: Attack) -> Attack:
-    """The attack without its early end: where dice are rolled, a lucky pass on the way is no success.
+def purifier_stamp(run: Path) -> str | None:
+    """Which purifier the run has: the stamp of its files."""
+    stamps = (str(facts.get("stamp")) for facts in describe_guards(run).values() if facts.get("place") == "purifier")
+    return next(stamps, None)
 
-    Square, FAB and other attacks that cannot go on after a success stay as they are.
-    """
-    if isinstance(attack, WorstCase):
-        return replace(attack, attacks=tuple(patient(member) for member in attack.members.values()))
-    if isinstance(attack, Wrapper):
-        calm: Any = replace(attack, inner=patient(attack.attack))
-        return calm  # type: ignore[no-any-return]
-    made: Any = attack
-    return replace(made, early_stop=False) if hasattr(made, "early_stop") else attack
+
+def shown(run: Path, model: nn.Module, images: Tensor) -> Tensor:
+    """Images as the purifier of the run shows them to the model; themselves if there is none."""
+    names = [name for name, facts in describe_guards(run).items() if facts.get("place") == "purifier"]
+    if not names:
+        return images
+    place, found = device_of(model), []
+    purifier = load_guard(run / HOME / f"{names[0]}.json").to(place)
+    for rows in torch.split(torch.arange(len(images)), BATCH):
+        with torch.no_grad(), full_precision(place):
+            clean = to_float(images[rows.to(images.device)]).to(place)
+            found.append(purifier(model, clean, Streams.named(rows.to(place), "shown")).cpu())
+    return torch.cat(found)
 
 
 def levels_of(text: str) -> list[Level]:

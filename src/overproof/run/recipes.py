@@ -125,8 +125,8 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
                 )
         if figure.metric in WALKED:
             check_options(("boundary",), {name: value for name, value in figure.options.items() if name != "images"})
-        elif figure.options:
-            check_resemblance(figure.metric, figure.options)
+        elif figure.options or figure.data:
+            check_resemblance(figure.metric, figure.options, recipe.config(figure.run, Path(), 0, overrides), figure.data)
     return recipe
 
 
