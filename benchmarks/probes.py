@@ -2,14 +2,12 @@
 
     python benchmarks/probes.py [--images 1000] [--turns 3] [--save]
 
-One teacher and four students (two distilled, two independent) on digits in three channels, with an unseen domain. The direct procedure explains
-one student after the other, and keeps nothing: images against the teacher, views, maps, Gram matrices, walks and the teacher's answers are
-made anew for each, decision planes (of 20 x 20 points) are walked through one at a time, and the independent student that a distilled one is compared with is
-computed
-beside each of them. The suite computes what concerns a model once. The two take
-turns; the median over the turns' ratios is reported. Outcome check: all scores are equal, but for the boundary similarity, which is made of
-the images that all its models know. Ends with one JSON line; the ratio is the
-suite's time divided by the direct procedure's.
+One teacher and four students (two distilled, two independent) on digits in three channels, with an unseen domain. The direct procedure
+explains one student after the other, and keeps nothing: images against the teacher, views, maps, Gram matrices, walks and the teacher's
+answers are made anew for each, decision planes (of 20 x 20 points) are walked through one at a time, and the independent student that a
+distilled one is compared with is computed beside each of them. The suite computes what concerns a model once. The two take turns; the
+median over the turns' ratios is reported. Outcome check: all scores are equal, but for the boundary similarity, which is made of the
+images that all its models know. Ends with one JSON line; the ratio is the suite's time divided by the direct procedure's.
 """
 
 from __future__ import annotations

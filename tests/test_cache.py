@@ -706,6 +706,22 @@ def test_an_index_with_cells_finds_nearly_the_same() -> None:
 # Real images.
 
 
+def test_cells_with_too_few_keys_say_so() -> None:
+    pytest.importorskip("faiss")
+    model, (images, labels, queries) = pixels(), setting(200)
+    cache = Cache(layers=("1",), mirror=False, index="faiss", index_kind="IVF8,Flat", top_k=150).fit(model, images, labels)
+    cache._index.probes = 1
+    cache._index._prepare()
+    answer, near = cache(model, queries), cache.neighbours(model, queries, 150)
+    assert bool((near.similarity[:, -1] == -2).all()), "no cell holds 150 keys"
+    assert bool(answer.logits.isfinite().all())
+    assert torch.equal(answer.parts["bound"], torch.ones_like(answer.parts["bound"])), "what lies in other cells is not known"
+    few = (near.similarity > -2).sum(dim=1)
+    for query in range(len(queries)):
+        known = torch.bincount(near.labels[query, : few[query]], minlength=CLASSES) > 0
+        assert bool((answer.parts["cache"][query][~known] < -150).all()), "an absent neighbour votes for nobody"
+
+
 def mediocre(digits: Splits, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A small network that has learned 700 digits for 20 epochs: it leaves something to gain."""
     images, labels = digits.train.images[:700].float() / 255, digits.train.labels[:700]
