@@ -84,6 +84,31 @@ def attacked(models: dict[str, nn.Module], images: Tensor, labels: Tensor, eps: 
     return {made: {name: count / len(images) for name, count in row.items()} for made, row in hits.items()}
 
 
+def tables(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures as RESULTS.md shows them."""
+    test, names = facts["test"], ("network", "mixture", "cache alone")
+    found = [
+        {
+            "title": f"Test accuracy; theta {facts['theta']:.3g}, lambda {facts['lam']:.2g}",
+            "columns": names,
+            "rows": [[test["network"], test["mixture"], test["cache"]]],
+        },
+        {
+            "title": "Test accuracy of the mixture over lambda",
+            "columns": list(test["over_lambda"]),
+            "rows": [list(test["over_lambda"].values())],
+        },
+    ]
+    rows = [["none", "", *(facts["untouched"][name] for name in names)]]
+    rows += [
+        [eps, made, *(row[name] for name in names)]
+        for eps, made_on in facts["attacked"].items()
+        for made, row in made_on.items()
+    ]
+    title = f"Accuracy on {facts['images']} images that the network gets right, under PGD-{STEPS}"
+    return [*found, {"title": title, "columns": ["radius", "made on", *names], "rows": rows}]
+
+
 def main() -> None:
     """Measure, print tables and the JSON line."""
     parser = argparse.ArgumentParser()
@@ -148,9 +173,14 @@ def main() -> None:
         "model": config.model.name,
     }
     if options.save:
-        name = f"cache-{config.data.name.rpartition(':')[2].rpartition('/')[2]}-{config.model.name}"
+        about = (
+            f"A cache of {described['images']:,} images beside {config.model.name} on {config.data.name.rpartition(':')[2]}, tuned on "
+            "the validation part (`benchmarks/cache_tables.py`). Made on the network: transfer. Made on the mixture or the cache alone: "
+            "white box."
+        )
+        name = f"table-cache-{config.data.name.rpartition(':')[2].rpartition('/')[2]}-{config.model.name}"
         seen = {**environment(device), "command": "", "platform": ""}
-        write_json(Path(f"results/{name}.json"), {**facts, "environment": seen})
+        write_json(Path(f"results/{name}.json"), {**facts, "about": about, "tables": tables(facts), "environment": seen})
     print(json.dumps({"name": "cache_tables", "test": table, "attacked": rows}))
 
 

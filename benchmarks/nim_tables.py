@@ -9,9 +9,12 @@ seeds in seed-0, seed-1 and so on. Measured on the test part, at each level of t
 - mean squared error of images before and after they are rebuilt, with the statistics of the clean and of the noisy image, and without;
 - accuracy untouched, under PGD through everything (steps of eps / 4), under PGD on the mean log-probability over several draws, and on
   images made by PGD on the bare classifier (gray box), each judged on a fresh draw;
-- the same for the small convolutional purifier, with the parameters of both.
+- the same for the small convolutional purifier, with the multiply-adds of purifiers and classifiers;
+- on the first `--strong` images, at a few levels, PGD of 40 steps (of eps / 10) on the average: where a stronger attack lands.
 
-Ends with one JSON line; figures are means over the seeds.
+Robust means right untouched and right under attack, on two draws of the noise: with dice that is less than the accuracy on attacked
+images alone, the more so the stronger the noise. Kept after every case with --save. Ends with one JSON line; figures are means over the
+seeds.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from overproof.attacks import EOT, PGD, Transfer
 from overproof.config import resolve
 from overproof.data import ImageSet, stratified_subset
 from overproof.data.pixels import to_float
 from overproof.errors import UsageError
+from overproof.evaluation.metrics import multiply_adds
 from overproof.folder import RunFolder, write_json
 from overproof.guards import Guarded, NIMPurifier, Purifier, SmallPurifier
 from overproof.models.rebuilding import denoised
@@ -42,6 +45,8 @@ from overproof.run.purifying import sigma_curve
 LEVELS: tuple[Any, ...] = ("off", 0, 35, 70, 105, 140)
 SHARES: tuple[Any, ...] = ("off", 0.25, 0.5, 0.75, 0.9)
 ERRORS = (30.0, 70.0, 140.0)
+IMITATION = 3000  # steps of the small purifier
+DEEP, FEW = 40, ("off", 0, 70)  # steps of the strong attack, and levels at which it is made
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "net behind nim": ("net", "nim", {}),
     "net behind nim, statistics of the noisy image": ("net", "nim", {"stats": "noisy"}),
@@ -62,13 +67,14 @@ def guarded(home: Path, case: str, train: ImageSet, device: str) -> Guarded | No
     net, source, options = CASES[case]
     if not (RunFolder(home / net).exists and RunFolder(home / source).exists):
         return None
-    model, autoencoder = load_model(home / net).to(device), load_model(home / source, "last").to(device)
+    model, autoencoder = load_model(home / net, "last").to(device), load_model(home / source, "last").to(device)
     rest = {key: value for key, value in options.items() if key != "small"}
     start: dict[str, Any] = {"sigma": 0.75 if source == "mim" else 70.0}
     purifier: Purifier = NIMPurifier(**start, **rest).fit(model, train.images, train.labels, autoencoder=autoencoder)
     if options.get("small"):
         assert isinstance(purifier, NIMPurifier)
-        purifier = SmallPurifier().fit(model, train.images, train.labels, teacher=purifier)
+        epochs = max(1, IMITATION * SmallPurifier().batch_size // len(train))
+        purifier = SmallPurifier(epochs=epochs).fit(model, train.images, train.labels, teacher=purifier)
     return Guarded(model, purifier=purifier).eval()
 
 
@@ -100,11 +106,23 @@ def turned(behind: Guarded, data: ImageSet, options: argparse.Namespace, seed: i
     pgd = PGD(eps=eps, steps=options.steps, step_size=eps / 4, early_stop=False)
     attacks = {"pgd": pgd, "eot": EOT(inner=pgd, samples=options.draws), "gray-box": Transfer(inner=pgd, source=behind.model)}
     levels = SHARES if behind.purifier is not None and behind.purifier.facts["kind"] == "mask" else LEVELS
-    curve = sigma_curve(behind, data, attacks, levels, batch_size=options.batch_size, seed=seed, device=options.device)
+    return _rows(sigma_curve(behind, data, attacks, levels, batch_size=options.batch_size, seed=seed, device=options.device))
+
+
+def strongly(behind: Guarded, data: ImageSet, options: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """Accuracies under many steps on the average over the noise, on a few images and levels."""
+    eps = convert(options.eps, float, "--eps")
+    long = PGD(eps=eps, steps=DEEP, step_size=eps / 10, early_stop=False)
+    attacks = {f"eot, {DEEP} steps": EOT(inner=long, samples=options.draws)}
+    few = data.subset(stratified_subset(data.labels, min(options.strong, len(data))))
+    return _rows(sigma_curve(behind, few, attacks, FEW, batch_size=options.batch_size, seed=seed, device=options.device))
+
+
+def _rows(curve: dict[str, Any]) -> dict[str, dict[str, float]]:
     rows = {}
     for place, level in enumerate(curve["sigma"]):
         word = level if isinstance(level, str) else f"{level:g}"
-        rows[word] = {"clean": curve["clean"][place], **{name: curve["attacks"][name][place] for name in attacks}}
+        rows[word] = {"clean": curve["clean"][place], **{name: values[place] for name, values in curve["attacks"].items()}}
     return rows
 
 
@@ -147,6 +165,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=450)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--strong", type=int, default=100, help="images of the strong attack; 0 leaves it out")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--only", action="append", help="names of classifiers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -154,6 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     errors: list[dict[str, dict[str, float]]] = []
     found: dict[str, list[dict[str, dict[str, float]]]] = {}
+    deep: Rows = {}
     sizes: dict[str, dict[str, int]] = {}
     name = ""
     for seed, home in homes(options.runs, [int(part) for part in options.seeds.split(",")]).items():
@@ -172,27 +192,73 @@ def main() -> None:
                 continue
             print(f"seed {seed}: {case}", flush=True)
             found.setdefault(case, []).append(turned(behind, test, options, seed))
-            sizes[case] = {"classifier": _size(behind.model), "purifier": behind.purifier.facts["parameters"]}
-    tables = {case: mean(rows) for case, rows in found.items()}
-    rebuilding = mean(errors)
-    show("Mean squared error of rebuilt images", rebuilding, 1.0, 4)
-    for case, table in tables.items():
-        show(
-            f"{case} (parameters: classifier {sizes[case]['classifier']:,}, purifier {sizes[case]['purifier']:,}), accuracy in %",
-            table,
-            100,
-            1,
-        )
+            if options.strong and behind.purifier.facts["kind"] == "noise":
+                deep.setdefault(case, []).append(strongly(behind, test, options, seed))
+            sizes[case] = _sizes(behind, to_float(test.images[:1]).to(options.device))
+            if options.save:
+                keep(name, options, errors, found, deep, sizes)
+    show("Mean squared error of rebuilt images", mean(errors), 1.0, 4)
+    for case, rows in found.items():
+        counts = f"multiply-adds: classifier {sizes[case]['classifier']:,}, purifier {sizes[case]['purifier']:,}"
+        show(f"{case} ({counts}), accuracy in %", mean(rows), 100, 1)
+        if case in deep:
+            show(f"{case}, {options.strong} images, accuracy in %", mean(deep[case]), 100, 1)
+    print(json.dumps({"name": "nim_tables", "data": name, **summary(options, errors, found, deep, sizes)}))
+
+
+Rows = dict[str, list[dict[str, dict[str, float]]]]
+
+
+def summary(options: argparse.Namespace, errors: Any, found: Rows, deep: Rows, sizes: dict[str, Any]) -> dict[str, Any]:
+    """All figures so far."""
     facts = {"eps": options.eps, "images": options.images, "steps": options.steps, "draws": options.draws, "seeds": len(errors)}
-    line = {"name": "nim_tables", "data": name, **facts, "errors": rebuilding, "tables": tables, "parameters": sizes}
-    if options.save:
-        seen = {**environment(options.device), "command": "", "platform": ""}
-        write_json(Path(f"results/nim-tables-{name.rpartition(':')[2].rpartition('/')[2]}.json"), {**line, "environment": seen})
-    print(json.dumps(line))
+    means = {
+        "figures": {case: mean(rows) for case, rows in found.items()},
+        "strong": {case: mean(rows) for case, rows in deep.items()},
+    }
+    return {**facts, "errors": mean(errors), **means, "multiply_adds": sizes}
 
 
-def _size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def keep(name: str, options: argparse.Namespace, errors: Any, found: Rows, deep: Rows, sizes: dict[str, Any]) -> None:
+    """Write what there is, for RESULTS.md too."""
+    about = (
+        f"Purifiers with their knob turned (`benchmarks/nim_tables.py`): PGD-{options.steps} at {options.eps} through everything, the same on the "
+        f"mean over {options.draws} draws (eot), and made on the bare classifier (gray-box); {options.images} images, {len(errors)} seed(s). "
+        "Right untouched and under attack, on two draws of the noise."
+    )
+    errors_table = [[f"sigma {level}", *(f"{v['mean']:.4f}" for v in row.values())] for level, row in mean(errors).items()]
+    told = [
+        {
+            "title": "Mean squared error of rebuilt images",
+            "columns": ["", *next(iter(mean(errors).values()))],
+            "rows": errors_table,
+        }
+    ]
+    for case, rows in found.items():
+        whole, strong = mean(rows), mean(deep[case]) if case in deep else {}
+        extra = [column for column in next(iter(strong.values()), {}) if column != "clean"]
+        heads = ["sigma", *next(iter(whole.values())), *(f"{column} ({options.strong} images)" for column in extra)]
+        lines = [
+            [
+                level,
+                *(v["mean"] for v in row.values()),
+                *(strong[level][column]["mean"] if level in strong else None for column in extra),
+            ]
+            for level, row in whole.items()
+        ]
+        cost = (
+            f"{sizes[case]['purifier'] / 1e6:.2f} million multiply-adds, the classifier {sizes[case]['classifier'] / 1e6:.2f}"
+        )
+        told.append({"title": f"{case} ({cost})", "columns": heads, "rows": lines})
+    seen = {**environment(options.device), "command": "", "platform": ""}
+    path = Path(f"results/table-nim-{name.rpartition(':')[2].rpartition('/')[2]}.json")
+    write_json(path, {**summary(options, errors, found, deep, sizes), "about": about, "tables": told, "environment": seen})
+
+
+def _sizes(behind: Guarded, image: torch.Tensor) -> dict[str, int]:
+    """Multiply-adds of one image."""
+    whole, bare = multiply_adds(behind.logits_model(), image), multiply_adds(behind.model, image)
+    return {"classifier": bare, "purifier": whole - bare}
 
 
 if __name__ == "__main__":

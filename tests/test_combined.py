@@ -10,7 +10,7 @@ from torch import nn
 
 from overproof.attacks.base import predictions
 from overproof.attacks.bpda import BPDA
-from overproof.attacks.combined import Combined, WorstCase
+from overproof.attacks.combined import Combined, WorstCase, is_patient
 from overproof.attacks.eot import EOT
 from overproof.attacks.fgsm import FGSM
 from overproof.attacks.pgd import PGD
@@ -69,6 +69,27 @@ def test_worst_case_is_the_union_of_its_members() -> None:
     each = [predictions(model, attack(model, x, y)) != y for attack in worst.members.values()]
     assert torch.equal(broken, each[0] | each[1])
     assert 0 < broken.sum() < 80
+
+
+def test_where_the_model_is_no_judge_every_image_is_attacked() -> None:
+    model, x, y = balanced()
+    dice = iter([False, True, True, True, True, True])
+
+    class Lucky(nn.Module):
+        """Wrong at the first look, right ever after."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = model(images)
+            if images.requires_grad or not next(dice, True):
+                return logits if images.requires_grad else -logits
+            return torch.nn.functional.one_hot(y[: len(images)], logits.shape[1]).to(logits)
+
+    attacks = tuple(PGD(eps=0.05, steps=2, early_stop=False, loss=loss) for loss in ("ce", "margin"))
+    found = WorstCase(attacks=attacks)(Lucky(), x, y)
+    assert bool(((found - x).abs().flatten(1).amax(1) > 0.01).all()), "neither bad luck nor survival makes it the clean image"
+    assert is_patient(EOT(inner=attacks[0], samples=2))
+    assert not is_patient(PGD())
+    assert not is_patient(FGSM())
 
 
 def test_worst_case_needs_one_threat() -> None:

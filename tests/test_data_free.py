@@ -363,6 +363,9 @@ def test_concerns_name_the_quantity() -> None:
     assert objective.concerns({}) == {}
     for value, known in ((0.95, False), (0.8, False), (0.5, False), (0.9, True), (0.88, True), (0.6, False)):
         assert ("divergence" in objective.concerns({**fine, "relative discrepancy": value})) is known, value
+    assert "divergence" in game(small_model(0), small_model(1)).concerns({"relative discrepancy": 1.5}), (
+        "in the first epoch too"
+    )
     assert "0.90 times" in objective.concerns({**fine, "relative discrepancy": 0.9})["divergence"]
     assert "0.90 an epoch ago" in objective.concerns({**fine, "relative discrepancy": 0.95})["divergence"]
     assert objective.concerns(fine) == {}

@@ -655,8 +655,10 @@ def test_networks_that_do_not_fit() -> None:
         Evolution(CEGAN(), [generator()], nn.Linear(5, 1).double(), draw=draw)
     with pytest.raises(UsageError, match=r"gives \(2, 1\) for two images"):
         Evolution(CEGAN(), [generator()], nn.Linear(2, 1).double(), draw=draw)
-    with pytest.raises(UsageError, match="batch_size=1 and a network that normalises over its batch"):
+    with pytest.raises(UsageError, match="batch_size=1 images, judged by 3, and a network that normalises over its batch"):
         Evolution(GAN(batch_size=1), [generator()], critic(norm=True), draw=draw)
+    with pytest.raises(UsageError, match="batch_size=4 images, judged by 1, and"):
+        Evolution(GAN(batch_size=4, population=4, discriminator_steps=1), [generator()] * 4, critic(norm=True), draw=draw)
     Evolution(GAN(batch_size=1), [generator()], critic(), draw=draw)
     with pytest.raises(UsageError, match="takes 96 real images, not 5"):
         evolution(CEGAN()).generation(real(5), stream())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from overproof import PGD, Classifier, Guarded, ImageSet, RunFolder, console, evaluate_guarded, fit_guards, load_guarded
 from overproof.attacks import APGD, EOT, FAB, FGSM, AutoAttack, Square, Transfer, WorstCase
+from overproof.attacks.combined import patient
 from overproof.attacks.eot import Averaged
 from overproof.attacks.randomness import Streams, normal
 from overproof.cli import call
@@ -27,7 +28,7 @@ from overproof.models import create_model
 from overproof.models.autoencoder import Pretext, autoencoder_of
 from overproof.models.rebuilding import denoised
 from overproof.report.purifier import curve_text, level_rows
-from overproof.run.purifying import check_levels, levels_of, patient
+from overproof.run.purifying import check_levels, levels_of
 from overproof.testing import check_guard, small_batch, small_model
 
 
@@ -331,11 +332,20 @@ def test_the_small_purifier_learns_to_rebuild() -> None:
     target = teacher.cleaned(few, noisy, 35.0)
     untrained = float((noisy.clamp(0, 1) - target).square().mean())
     assert float((made.cleaned(few, noisy, 35.0) - target).square().mean()) < 0.5 * untrained
-    assert made.facts["parameters"] == (2 * 9 * 8 + 8) + (8 * 9 + 1)
+    assert made.facts["parameters"] == (5 * 9 * 8 + 8) + (8 * 9 * 4 + 4), "four pixels and the level in, four pixels out"
     assert made.facts["teacher_parameters"] == teacher.facts["parameters"] > 10 * made.facts["parameters"]
     assert made.facts["high"] == 120.0
     assert torch.equal(made(model, few, streams(64)), made.cleaned(few, noisy, 35.0))
     assert torch.equal(made(model, few, sigma="off"), few)
+
+
+def test_the_small_purifier_takes_images_of_any_size() -> None:
+    net = Residual(3, width=4, depth=3)
+    nn.init.zeros_(net.layers[-1].weight)
+    nn.init.zeros_(net.layers[-1].bias)
+    for size in ((8, 8), (7, 10), (9, 5)):
+        noisy = torch.rand(2, 3, *size)
+        assert torch.equal(net(noisy, 35.0), noisy), "nothing to take away: every pixel comes back to its place"
 
 
 def test_the_small_purifier_sees_nothing_but_the_noisy_image_and_its_level() -> None:

@@ -63,6 +63,18 @@ def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:
     assert "| b, y | 50.00 | 75.00 | Table 1 |" in text
 
 
+def test_tables_of_scripts_stand_behind_the_recipes(tmp_path: Path) -> None:
+    told = {"title": "Turned", "columns": ["sigma", "clean", "pgd"], "rows": [["off", 0.5, None], ["70", 0.25, 1.0]]}
+    write_json(
+        tmp_path / "results" / "table-knob.json", {"about": "A knob.", "tables": [told], "environment": {"device": "cpu"}}
+    )
+    text = table(tmp_path, [figure("a, x", 0.5)])
+    assert (
+        "## knob\n\nA knob.\n\nTurned:\n\n| sigma | clean | pgd |\n|---|---|---|\n| off | 50.0 |  |\n| 70 | 25.0 | 100.0 |"
+        in text
+    )
+
+
 def test_somebody_elses_file_is_kept(tmp_path: Path) -> None:
     table(tmp_path, [figure("a", 1.0)])
     (tmp_path / "RESULTS.md").write_text("mine")

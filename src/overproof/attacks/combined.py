@@ -134,8 +134,9 @@ def one_after_another(
 ) -> Tensor:
     """Try the attacks in order, each on the images that still hold.
 
-    An attack through which no gradient reaches the images is passed over: that is for the next ones, black-box ones among
-    them, to settle.
+    Where the first does not stop early (see `patient`), the model is no judge: every image is attacked, and one that nothing broke is
+    what the last patient attack made of it. An attack through which no gradient reaches the images is passed over: that is for the next
+    ones, black-box ones among them, to settle.
 
     Raises:
         NoGradientError: none of the attacks found a gradient or could do without.
@@ -143,7 +144,8 @@ def one_after_another(
     streams, found, failed = Streams.of(generator, images), images.clone(), []
     with in_mode(model):
         quick = folded(model, images)
-        holds = ~won(predictions(model, images), labels, next(iter(members.values())).targeted)
+        first = next(iter(members.values()))
+        holds = ~won(predictions(model, images), labels, first.targeted) | is_patient(first)
         for number, attack in enumerate(members.values()):
             rows = holds.nonzero().flatten()
             if len(rows) == 0:
@@ -155,7 +157,8 @@ def one_after_another(
                 failed.append(error)
                 continue
             broken = won(predictions(model, tried), labels[rows], attack.targeted)
-            found[rows[broken]] = tried[broken]
+            kept = broken | is_patient(attack)
+            found[rows[kept]] = tried[kept]
             holds[rows[broken]] = False
     if len(failed) == len(members):
         raise failed[0]
@@ -174,3 +177,10 @@ def patient(attack: Attack) -> Attack:
         return calm  # type: ignore[no-any-return]
     made: Any = attack
     return replace(made, early_stop=False) if hasattr(made, "early_stop") else attack
+
+
+def is_patient(attack: Attack) -> bool:
+    """Whether the attack goes on after a success, as `patient` makes it."""
+    if isinstance(attack, Wrapper):
+        return is_patient(attack.attack)
+    return getattr(attack, "early_stop", None) is False

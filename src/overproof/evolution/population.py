@@ -47,9 +47,10 @@ class Evolution:
         self.species = Species(networks[0], Adam(settings.lr, settings.betas))
         self.population = [self.species.individual(network) for network in networks]
         self.optimizer = torch.optim.Adam(critic.parameters(), settings.discriminator_lr, settings.betas)
-        if settings.batch_size == 1 and (self.species.coupled or coupled(critic)):
+        if min(settings.batch_size, settings.judged) == 1 and (self.species.coupled or coupled(critic)):
             raise UsageError(
-                "batch_size=1 and a network that normalises over its batch: a single image has no statistics. Take at least 2."
+                f"Steps of batch_size={settings.batch_size} images, judged by {settings.judged}, and a network that normalises over its "
+                "batch: a single image has no statistics. Take at least 2 of each (batch_size, evaluation_size)."
             )
         self._probe()
 

@@ -153,7 +153,8 @@ class EGAN(CEGAN):
     Reference: Wang, Xu, Yao, Tao, IEEE TEVC 2019, arXiv 1803.00657.
 
     Differences from the paper: the weight 0.01 belongs to the logarithm of the norm; on the logarithm of its square, as in the first
-    code, it would be half of that.
+    code, it would be half of that. Rates and gradient penalty are those of CE-GAN (theirs: 2e-4 and none), so that the fitness alone
+    differs.
     """
 
     crossovers: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overproof.errors import UsageError
@@ -18,6 +19,8 @@ from overproof.losses.denoising import NoiseLevels, add_noise
 class Residual(nn.Module):
     """Convolutions that say what to take away from a noisy image; the level of the noise is a channel of its own.
 
+    They work on squares of 2 x 2 pixels, at a quarter of the cost; images of odd size are padded by their edge.
+
     Args:
         channels: of the images.
         width: channels of the hidden layers, at least 1.
@@ -27,19 +30,21 @@ class Residual(nn.Module):
     def __init__(self, channels: int, *, width: int, depth: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs in (channels + 1, *[width] * (depth - 2)):
+        for inputs in (4 * channels + 1, *[width] * (depth - 2)):
             layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 4 * channels, 3, padding=1))
 
     def forward(self, noisy: Tensor, level: float | Tensor) -> Tensor:
         """Noisy images (N, C, H, W) and their level, a number or (N,), in grey levels -> images, not clamped."""
-        plane = torch.ones_like(noisy[:, :1]) * (level.view(-1, 1, 1, 1) if isinstance(level, Tensor) else level) / 255
-        found: Tensor = noisy - self.layers(torch.cat([noisy, plane], dim=1))
-        return found
+        height, width = noisy.shape[2:]
+        squares = F.pixel_unshuffle(F.pad(noisy, (0, width % 2, 0, height % 2), mode="replicate"), 2)
+        plane = torch.ones_like(squares[:, :1]) * (level.view(-1, 1, 1, 1) if isinstance(level, Tensor) else level) / 255
+        noise = F.pixel_shuffle(self.layers(torch.cat([squares, plane], dim=1)), 2)
+        return noisy - noise[:, :, :height, :width]
 
 
 class SmallPurifier(Purifier):
-    """Noise, then a few convolutions that have learned to rebuild images as `NIMPurifier` does, at a fraction of its cost.
+    """Noise, then a few convolutions that have learned to rebuild images as `NIMPurifier` does, at about a tenth of its multiplications.
 
     L = mean_n ||g(x_n + sigma_n / 255 z_n, sigma_n) - D(x_n, x_n + sigma_n / 255 z_n)||^2, sigma_n ~ U(0, high)
 
@@ -55,7 +60,7 @@ class SmallPurifier(Purifier):
         UsageError: an option out of range.
 
     Reference: the teacher is of You, Liu, Han, Xu, NeurIPS 2023, arXiv 2302.01056; noise as a residual: Zhang et al., TIP 2017,
-    arXiv 1608.03981; its level as a channel: Zhang, Zuo, Zhang, TIP 2018, arXiv 1710.04026.
+    arXiv 1608.03981; its level as a channel: Zhang, Zuo, Zhang, TIP 2018, arXiv 1710.04026 (there too on squares of pixels).
 
     Differences from the papers: the targets are the teacher's images; no normalisation layers.
     """
@@ -67,7 +72,7 @@ class SmallPurifier(Purifier):
         *,
         sigma: Level = 70.0,
         draws: int = 1,
-        width: int = 32,
+        width: int = 16,
         depth: int = 5,
         high: float = 150.0,
         epochs: int = 50,

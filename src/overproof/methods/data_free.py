@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from overproof.networks import frozen, in_mode
 from overproof.types import Batch, Output, Progress
 
 LOST = 0.7  # relative discrepancy of a student that does not follow
+CONSTANT, BETTER = 1.0, 0.97  # what constant answers reach; an epoch that gets no further than this share of the one before
 
 
 class DataFree(Objective):
@@ -60,7 +60,7 @@ class DataFree(Objective):
         self._copy = Follower(frozen=True)
         self._tap: tuple[Tap] | None = None
         self._ahead: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = None
-        self._before = math.inf  # relative discrepancy of the epoch before
+        self._before = CONSTANT / BETTER  # relative discrepancy of the epoch before; constant answers reach 1
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -211,7 +211,7 @@ class DataFree(Objective):
         found, relative, before = {}, means.get("relative discrepancy", 0.0), self._before
         share, diversity = means.get("fakes/largest class", 0.0), means.get("fakes/diversity", 1.0)
         self._before = means.get("relative discrepancy", before)
-        if relative > max(LOST, 0.97 * before):  # and no better than in the epoch before: a beginner gets better
+        if relative > max(LOST, BETTER * before):  # and no better than in the epoch before: a beginner gets better
             found["divergence"] = (
                 f"the student diverges: on the images that it learns from its logits are wrong by {relative:.2f} times the size of the "
                 f"teacher's ({before:.2f} an epoch ago; constant answers reach 1). Take more student_steps, or a smaller train.lr or generator_lr."

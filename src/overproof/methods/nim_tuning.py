@@ -47,8 +47,10 @@ class NIMTuning(Objective):
     Reference: You, Liu, Han, Xu: Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense, NeurIPS 2023,
     arXiv 2302.01056.
 
-    Differences from the paper: any student; levels of the masked autoencoder are ours. RandAugment, mixup and cutmix are the
-    data's (data.augment), before the noise, as there; random erasing is there as cutout.
+    Differences from the paper: any student; levels of the masked autoencoder are ours. Augmentations are the data's (data.augment), before
+    the noise, as there, but torchvision's: RandAugment counts its strength in 31 steps instead of 10, mixup and cutmix named together are
+    both applied, not one of them by a coin, and for random erasing there is cutout, one square in every image. A new last layer begins as
+    PyTorch begins one.
     """
 
     partial: ClassVar[bool] = True

@@ -59,7 +59,7 @@ def fit_purifier(
     if isinstance(guard, SmallPurifier):
         known, teacher = run / HOME / "nim.json", None
         if source is not None:
-            teacher = NIMPurifier().fit(model, images[:MEASURED], labels[:MEASURED], autoencoder=source)
+            teacher = NIMPurifier(sigma="off").fit(model, images[:MEASURED], labels[:MEASURED], autoencoder=source)
         elif known.exists() and isinstance(held := load_guard(known), NIMPurifier):
             console.note(f"purifier-small learns from {known}")
             teacher = held.to(place)

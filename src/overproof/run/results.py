@@ -25,7 +25,7 @@ def write_results(recipes: Iterable[Path], results: Path, path: Path) -> None:
 
     Args:
         recipes: files with figures.
-        results: the folder of NAME.json and bench-NAME.json.
+        results: the folder of NAME.json, table-NAME.json and bench-NAME.json.
         path: RESULTS.md; README.md beside it is brought up to date, too.
 
     Raises:
@@ -36,7 +36,7 @@ def write_results(recipes: Iterable[Path], results: Path, path: Path) -> None:
         about, known = read_recipe(recipe).about, results / f"{recipe.stem}.json"
         lines += ["", f"## {recipe.stem}", "", about.title + (f" ({about.paper})" if about.paper else ""), ""]
         lines += _recipe(read_json(known)) if known.exists() else ["Not measured yet."]
-    lines += _benchmarks(results)
+    lines += _tables(results) + _benchmarks(results)
     if path.exists() and not path.read_text("utf-8").startswith("\n".join(HEADER)):
         raise FolderError(f"{path} is somebody else's file; run `overproof reproduce` where RESULTS.md may be written.")
     with atomic(path) as file:
@@ -104,6 +104,27 @@ def _told(figure: dict[str, Any], value: float) -> str:
     size = abs(_factor(figure) * figure["mean"])
     places = 2 if size >= 0.1 or size == 0 else min(1 - math.floor(math.log10(size)), 6)
     return f"{_factor(figure) * value:.{places}f}"
+
+
+def _tables(results: Path) -> list[str]:
+    """What scripts left that turn a knob or try many attacks on a finished run: shares in %, other numbers as they are told."""
+    lines: list[str] = []
+    for path in sorted(results.glob("table-*.json")):
+        found = read_json(path)
+        seen = found["environment"]
+        lines += ["", f"## {path.stem.removeprefix('table-')}", "", found["about"]]
+        for told in found["tables"]:
+            lines += ["", f"{told['title']}:", "", f"| {' | '.join(told['columns'])} |", "|---" * len(told["columns"]) + "|"]
+            lines += [f"| {' | '.join(map(_cell, row))} |" for row in told["rows"]]
+        lines += [
+            "",
+            f"{seen.get('device')}, torch {seen.get('torch')}, commit {seen.get('commit')}, {seen.get('date', '')[:10]}.",
+        ]
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{100 * value:.1f}"
 
 
 def _benchmarks(results: Path) -> list[str]:

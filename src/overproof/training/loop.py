@@ -217,8 +217,8 @@ class Trainer:
         record["seconds"] = round(self.seconds, 3)
         self._keep(epoch, record)
         if self.fabric.is_global_zero:
+            self.teller.tell(epoch, record)  # which notes down what is wrong
             self.metrics_size = append_metrics(self.folder.path, record)
-            self.teller.tell(epoch, record)
         for part in ("validation", "train"):
             self.fabric.log_dict({f"{part}/{k}": v for k, v in record.get(part, {}).items()}, step=self.step)
         self._checkpoint()

@@ -28,13 +28,15 @@ class EpochTeller:
         self._known: set[str] = set()
 
     def tell(self, epoch: int, record: dict[str, Any]) -> None:
-        """Say what `record` found, unless the last line was just now, and what is wrong with it."""
+        """Say what `record` found, unless the last line was just now, and what is wrong with it; that is kept in it as "concerns"."""
         if "alarm" in record:
             console.note(f"warning: {record['alarm']}")
         found = self.concerns(record["train"])
         for name in sorted(found.keys() - self._known):
             console.note(f"warning: {found[name]}")
         self._known |= found.keys()
+        if found:
+            record["concerns"] = found
         if epoch + 1 < self.epochs and time.monotonic() - self._told < TELL_SECONDS:
             return
         self._told = time.monotonic()
