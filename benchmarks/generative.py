@@ -1,6 +1,6 @@
 """An iteration of a generative method through Overproof against the straightforward loop.
 
-    python benchmarks/generative.py [--part dfad] [--device cuda] [--save]
+    python benchmarks/generative.py [--part dfad|cegan] [--device cuda] [--save]
 
 dfad: five steps of the student and one of the generator. The straightforward loop, written out below, keeps the graph of the teacher
 and of the generator while the student learns, and computes weight gradients of teacher and student while the generator learns, which
@@ -9,7 +9,11 @@ convolutions, and the generator's doubling of pixels, too. `dfad_fast` adds an a
 the student's first step (shared), and channels last. Same networks, weights and noise; the contenders take turns in going first, and
 the median of the turns' ratios is reported, with the peak memory of an iteration in a process of its own. Outcome check: after one
 iteration from the same weights with the same noise, plain SGD, the exact method has moved each network as the straightforward loop
-does. Ends with one JSON line; a ratio is our time divided by the straightforward loop's.
+does.
+
+cegan: a generation of CE-GAN against one of a plain GAN, on points in the plane (benchmarks/evolution.py).
+
+Ends with one JSON line; a ratio is our time divided by the straightforward loop's, or the plain GAN's.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import argparse
 import copy
 import gc
 import json
+import os
+import runpy
 import statistics
 import subprocess
 import sys
@@ -187,7 +193,9 @@ def peak(who: str, device: str) -> float:
 def peak_elsewhere(who: str, device: str) -> float:
     """`peak` in a fresh process."""
     command = [sys.executable, __file__, "--device", device, "--peak", who]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # Memory that was freed goes back at once: what malloc keeps would be counted as there before.
+    frugal = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=frugal)
     return float(done.stdout.splitlines()[-1])
 
 
@@ -212,7 +220,26 @@ def dfad(device: str) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[str], dict[str, Any]]] = {"dfad": dfad}
+def cegan(device: str) -> dict[str, Any]:
+    """The part cegan: the ratio of benchmarks/evolution.py, which tells more; on one thread of a CPU."""
+    evolution = runpy.run_path(str(Path(__file__).with_name("evolution.py")))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds, equal = evolution["measure"](), evolution["same_outcome"]()
+    finally:
+        torch.set_num_threads(threads)
+    values = [a / b for a, b in zip(seconds["ours"], seconds["plain"], strict=True)]
+    print(f"cegan, a generation against one of a plain GAN, one thread: ratio {statistics.median(values):.3f}")
+    return {
+        "ratios": {"cegan": round(statistics.median(values), 4)},
+        "spread": {"cegan": round(statistics.stdev(values) / len(values) ** 0.5, 4)},
+        "seconds": {"gan": statistics.median(seconds["plain"])},
+        "equal": equal,
+    }
+
+
+PARTS: dict[str, Callable[[str], dict[str, Any]]] = {"dfad": dfad, "cegan": cegan}
 
 
 def main() -> None:

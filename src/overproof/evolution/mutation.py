@@ -43,10 +43,13 @@ def mutate(
     fake = logits.detach()
     against = fake if real is None else real
     slopes = [GENERATOR_LOSSES[name].slope(fake, against) / len(fake) for name in losses]
-    gradients = [
-        row(torch.autograd.grad(images, leaves, pull, retain_graph=True)) for pull in _pulls(seen, logits, slopes, critic)
-    ]
-    return species.children(parent, torch.stack(gradients), losses, buffers)
+    pulls = _pulls(seen, logits, slopes, critic)
+    if species.dense:  # small matrices: all at once, they cost more to call than to multiply
+        parts = torch.autograd.grad(images, leaves, torch.stack(pulls), is_grads_batched=True)
+        gradients = torch.cat([part.flatten(1) for part in parts], dim=1)
+    else:
+        gradients = torch.stack([row(torch.autograd.grad(images, leaves, pull, retain_graph=True)) for pull in pulls])
+    return species.children(parent, gradients, losses, buffers)
 
 
 def _pulls(seen: Tensor, logits: Tensor, slopes: Sequence[Tensor], critic: nn.Module) -> list[Tensor]:
