@@ -453,7 +453,7 @@ def test_images_that_cannot_be_made_or_are_too_few() -> None:
         overproof.evolve(torch.rand(60, 1, 8, 8), out="r", generator="dcgan", **SMALL)
     with pytest.raises(UsageError, match="A generation takes 12 real images, and there are 11"):
         overproof.evolve(torch.rand(11, 1, 8, 8), out="r", **SMALL)
-    with pytest.raises(UsageError, match="batch_size=1 and a network that normalises over its batch"):
+    with pytest.raises(UsageError, match="batch_size=1 images, judged by 8, and a network that normalises over its batch"):
         overproof.evolve(torch.rand(60, 1, 16, 16), out="r", **{**SMALL, "batch_size": 1})
     with pytest.raises(UsageError, match="have no length"):
         overproof.evolve(iter([torch.rand(4, 1, 8, 8)]), out="r", **SMALL)
@@ -503,5 +503,6 @@ def test_samples_come_nearer_to_the_law(seed: int) -> None:
         overproof.evolve("8-gaussians", out=f"r{count}", seed=seed, generations=count, **how).folder.samples
         for count in (1, 150)
     )
-    assert late["figures"]["mmd2"] < 0.6 * early["figures"]["mmd2"]
+    # Seed 1 happens to begin near the law; six seeds ended between 0.10 and 0.26.
+    assert late["figures"]["mmd2"] < min(0.4, 0.9 * early["figures"]["mmd2"])
     assert min(share for name, share in late["selected"].items() if name in ("crossover", "least-squares")) > 0
