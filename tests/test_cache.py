@@ -762,7 +762,7 @@ def test_digits_gain_from_a_cache_and_transfer_is_not_robustness(digits: Splits)
     through = PGD(eps=0.15, steps=10)(mixture, images[few], labels[few], torch.Generator().manual_seed(0))
     around = PGD(eps=0.15, steps=10, early_stop=False)(model, images[few], labels[few], torch.Generator().manual_seed(0))
     assert accuracy(mixture, through, labels[few]) < 0.3
-    assert accuracy(mixture, through, labels[few]) < accuracy(mixture, around, labels[few]) - 0.25
+    assert accuracy(mixture, through, labels[few]) < accuracy(mixture, around, labels[few]) - 0.3  # measured: 0.18 and 0.55
 
 
 def test_hidden_layers_make_better_keys_than_logits(digits: Splits) -> None:

@@ -496,13 +496,16 @@ def test_evolutions_in_recipes() -> None:
 # ---- that anything is learned
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_samples_come_nearer_to_the_law(seed: int) -> None:
+def test_samples_come_nearer_to_the_law() -> None:
     how = {"test_every": 1000, "test_samples": 512, "width": 64, "lr": 1e-3, "discriminator_lr": 1e-3}
-    early, late = (
-        overproof.evolve("8-gaussians", out=f"r{count}", seed=seed, generations=count, **how).folder.samples
-        for count in (1, 150)
-    )
-    # Seed 1 happens to begin near the law; six seeds ended between 0.10 and 0.26.
-    assert late["figures"]["mmd2"] < min(0.4, 0.9 * early["figures"]["mmd2"])
-    assert min(share for name, share in late["selected"].items() if name in ("crossover", "least-squares")) > 0
+    begun, ended = [], []
+    for seed in range(3):
+        early, late = (
+            overproof.evolve("8-gaussians", out=f"r{seed}-{count}", seed=seed, generations=count, **how).folder.samples
+            for count in (1, 150)
+        )
+        begun.append(early["figures"]["mmd2"])
+        ended.append(late["figures"]["mmd2"])
+        assert min(share for name, share in late["selected"].items() if name in ("crossover", "least-squares")) > 0
+    assert all(late < early for late, early in zip(ended, begun, strict=True))
+    assert sum(ended) < 0.3 * sum(begun)  # measured: 0.19; one seed in three happens to begin near the law

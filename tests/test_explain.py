@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,12 @@ def test_what_cannot_be_explained(runs: Path, tmp_path: Path, capsys: pytest.Cap
     )
     with pytest.raises(UsageError, match=r"'teacher' has 10 classes and 'independent:wide' has 4"):
         explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [wide]}, keep=False)
+    for run, what in (("alone-0", "letter"), ("alone-1", "sign")):  # the images are numbered, which agrees with any names
+        shutil.copytree(runs / run, tmp_path / what)
+        write_json(tmp_path / what / "data.json", {"classes": [f"{what}-{k}" for k in range(10)]})
+    both_named = {"independent": [tmp_path / "letter", tmp_path / "sign"]}
+    with pytest.raises(UsageError, match=r"independent:sign .*has 10 classes \(sign-0, .*independent:letter .* \(letter-0, "):
+        explain_runs(runs / "teacher", [runs / "kd"], others=both_named, keep=False)
     with pytest.raises(UsageError, match="kd has the teacher .*teacher, so it is no independent student"):
         explain_runs(runs / "teacher", [runs / "kd"], others={"independent": [runs / "alone-0", runs / "kd"]}, keep=False)
     with pytest.raises(UsageError, match=r"'independent:alone-0' and 'independent:alone-0 \(2\)' have the same weights"):
@@ -201,6 +208,20 @@ def test_what_cannot_be_explained(runs: Path, tmp_path: Path, capsys: pytest.Cap
         explain_runs(runs / "teacher", [])
     with pytest.raises(FolderError):
         explain_runs(tmp_path / "nothing", [runs / "kd"])
+
+
+def test_independent_students_that_began_like_a_student_are_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overproof.train("cnn", "digits+rgb", seed=5, out=tmp_path / "twin", **FEW, model_options={"widths": (4, 8)})
+    independent = ["--independent", str(tmp_path / "twin"), "--independent", str(runs / "alone-1")]
+    few = ["--probes", "corruptions", "--set", "corruptions.severities=[1]", "--out", str(tmp_path / "out")]
+    assert call(command(runs, *independent, *few)) == 0
+    assert "independent:twin began with the weights of a student" in capsys.readouterr().err
+    assert call(command(runs, *independent, *few, "--foreign", str(runs / "alone-0"))) == 0
+    assert "began with the weights" not in capsys.readouterr().err
+    assert call(command(runs, *both(runs), *few)) == 0
+    assert "began with the weights" not in capsys.readouterr().err
 
 
 def test_probes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import overproof
 from overproof import PGD, Classifier, Guarded, ImageSet, RunFolder, console, evaluate_guarded, fit_guards, load_guarded
 from overproof.attacks import APGD, EOT, FAB, FGSM, AutoAttack, Square, Transfer, WorstCase
 from overproof.attacks.combined import patient
@@ -22,13 +23,13 @@ from overproof.cli import call
 from overproof.errors import DataError, FolderError, UsageError
 from overproof.guards import NIMPurifier, Purifier, SmallPurifier, load_guards, save_guard
 from overproof.guards.purifier_small import Residual
-from overproof.guards.storage import load_guard
+from overproof.guards.storage import describe_guards, load_guard
 from overproof.losses.denoising import patchify
 from overproof.models import create_model
 from overproof.models.autoencoder import Pretext, autoencoder_of
 from overproof.models.rebuilding import denoised
 from overproof.report.purifier import curve_text, level_rows
-from overproof.run.purifying import check_levels, levels_of
+from overproof.run.purifying import check_levels, levels_of, shown
 from overproof.testing import check_guard, small_batch, small_model
 
 
@@ -571,6 +572,29 @@ def test_from_the_pre_training_to_the_report(runs: Path, capsys: pytest.CaptureF
     assert load_guarded(net).purifier.facts["teacher_stats"] == "input"
     fit_guards(net, {"nim": {"epochs": 1}})
     assert load_guarded(net).purifier.facts["high"] == 120.0
+
+
+def test_a_detector_belongs_to_the_purifier_it_was_fitted_behind(tmp_path: Path) -> None:
+    net = tmp_path / "net"
+    overproof.train("cnn", "digits", epochs=8, model_options={"widths": (8, 16)}, out=net)
+    fit_guards(net, {"detector": {"fpr": 0.2}, "purifier-small": {"epochs": 1, "width": 4}}, overrides=["data.limit_train=600"])
+    held = describe_guards(net)
+    assert held["detector"]["about"]["behind"] == held["purifier-small"]["stamp"]
+    model = load_guarded(net).model
+    images = torch.rand(100, 1, 8, 8)
+    seen = shown(net, model, images)
+    assert (seen - images).abs().mean() > 0.01
+    assert torch.equal(seen, shown(net, model, images))
+    fit_guards(net, {"purifier-small": {"epochs": 1, "width": 4}}, overrides=["data.limit_train=600"])
+    with pytest.raises(UsageError, match="fitted behind another purifier"):
+        load_guarded(net)
+    for path in (net / "guards").glob("purifier-small.*"):
+        path.unlink()
+    with pytest.raises(UsageError, match="fitted behind another purifier"):
+        load_guarded(net)
+    assert shown(net, model, images) is images
+    fit_guards(net, {"detector": {"fpr": 0.2}})
+    assert load_guarded(net).detector is not None
 
 
 def test_what_the_command_line_refuses(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,6 +181,8 @@ def patient(attack: Attack) -> Attack:
 
 def is_patient(attack: Attack) -> bool:
     """Whether the attack goes on after a success, as `patient` makes it."""
+    if isinstance(attack, WorstCase):
+        return all(map(is_patient, attack.members.values()))
     if isinstance(attack, Wrapper):
         return is_patient(attack.attack)
     return getattr(attack, "early_stop", None) is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +113,13 @@ def explain_runs(
 
 
 def _same_classes(folders: Mapping[str, RunFolder], material: Material) -> None:
-    """Refuse runs that name their classes otherwise than the images do."""
-    for name, folder in folders.items():
-        known = tuple(map(str, folder.data.get("classes", ())))
-        if (
-            known
-            and material.classes
-            and not (classes_agree(known, material.classes) or classes_agree(material.classes, known))
-        ):
+    """Refuse runs that name their classes otherwise than the images do, or than each other."""
+    given = {"the set": material.classes}
+    given |= {f"{name} ({folder.path})": tuple(map(str, folder.data.get("classes", ()))) for name, folder in folders.items()}
+    for (one, names), (other, theirs) in combinations(((who, names) for who, names in given.items() if names), 2):
+        if not (classes_agree(names, theirs) or classes_agree(theirs, names)):
             raise UsageError(
-                f"{name} ({folder.path}) was trained on {few(known)}, but the images have {few(material.classes)}. Models of different "
-                "classes cannot be compared."
+                f"{other} has {few(theirs)}, but {one} has {few(names)}. Models of different classes cannot be compared."
             )
 
 

@@ -26,7 +26,7 @@ from overproof.guards.storage import HOME, describe_guards, load_guards, save_gu
 from overproof.models.weights import load_model
 from overproof.networks import device_of
 from overproof.run.prepare import USER, data_of, with_data
-from overproof.run.purifying import fit_purifier, purifier_stamp, shown
+from overproof.run.purifying import fit_purifier, purifier_of, shown
 
 SHOWN, NEIGHBOURS = 8, 5  # test images in the report, and neighbours of each
 READ = 1024  # images of a streamed set at a time
@@ -94,7 +94,8 @@ def fit_guards(
                 guard.tune(model, *_tensors(splits.validation))
         about: dict[str, Any] = {"weights": which, "data": splits.name, "classes": list(splits.classes)}
         if guard.place == "detector":
-            about["behind"] = purifier_stamp(folder.path)
+            held = purifier_of(describe_guards(folder.path))
+            about["behind"] = held and held[1]
         save_guard(guard, folder.path, name, **about)
         if guard.place == "purifier":
             _replace_others(folder.path, name)
@@ -214,14 +215,13 @@ def load_guarded(run: str | Path, *, which: str | None = None, trusted: bool = F
         UsageError: the guards were fitted for other weights, or the detector behind another purifier.
     """
     folder = RunFolder(run).require()
-    guards = load_guards(folder.path)
-    known = [str(dict(facts.get("about", {})).get("weights", "best")) for facts in describe_guards(folder.path).values()]
-    model = load_model(folder.path, which or known[0], trusted=trusted)
-    for facts in describe_guards(folder.path).values():
-        about = dict(facts.get("about", {}))
-        if "behind" in about and about["behind"] != purifier_stamp(folder.path):
-            raise UsageError(
-                f"The detector of {folder.path} was fitted behind another purifier than the run has now, so its rate of false alarms is "
-                f"not known. Fit it again: overproof guard fit {folder.path} --detector."
-            )
+    guards, described = load_guards(folder.path), describe_guards(folder.path)
+    abouts = [dict(facts.get("about", {})) for facts in described.values()]
+    model = load_model(folder.path, which or str(abouts[0].get("weights", "best")), trusted=trusted)
+    held = purifier_of(described)
+    if any("behind" in about and about["behind"] != (held and held[1]) for about in abouts):
+        raise UsageError(
+            f"The detector of {folder.path} was fitted behind another purifier than the run has now, so its rate of false alarms is "
+            f"not known. Fit it again: overproof guard fit {folder.path} --detector."
+        )
     return Guarded(model, **guards).eval()

@@ -70,19 +70,19 @@ def fit_purifier(
         guard.fit(model, images, labels)
 
 
-def purifier_stamp(run: Path) -> str | None:
-    """Which purifier the run has: the stamp of its files."""
-    stamps = (str(facts.get("stamp")) for facts in describe_guards(run).values() if facts.get("place") == "purifier")
-    return next(stamps, None)
+def purifier_of(described: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
+    """Name and stamp of the purifier among the guards of a run, as `describe_guards` tells them."""
+    found = ((name, str(facts.get("stamp"))) for name, facts in described.items() if facts.get("place") == "purifier")
+    return next(found, None)
 
 
 def shown(run: Path, model: nn.Module, images: Tensor) -> Tensor:
     """Images as the purifier of the run shows them to the model; themselves if there is none."""
-    names = [name for name, facts in describe_guards(run).items() if facts.get("place") == "purifier"]
-    if not names:
+    held = purifier_of(describe_guards(run))
+    if held is None:
         return images
     place, found = device_of(model), []
-    purifier = load_guard(run / HOME / f"{names[0]}.json").to(place)
+    purifier = load_guard(run / HOME / f"{held[0]}.json").to(place)
     for rows in torch.split(torch.arange(len(images)), BATCH):
         with torch.no_grad(), full_precision(place):
             clean = to_float(images[rows.to(images.device)]).to(place)
