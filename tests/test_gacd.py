@@ -502,7 +502,8 @@ def test_in_the_second_stage_features_are_frozen(labels_on: str) -> None:
 
 def test_as_a_part_of_a_sum() -> None:
     alone, batch = built(labels_on="clean")
-    both = Composed(small_model(0), small_model(1).eval(), methods=("kd", "gacd"), options={"gacd": QUICK}).double().eval()
+    how = {"gacd": {**QUICK, "labels_on": "clean"}}
+    both = Composed(small_model(0), small_model(1).eval(), methods=("kd", "gacd"), options=how).double().eval()
     both.parts[1].contrast.load_state_dict(alone.contrast.state_dict())
     losses = []
     for objective in (alone, both):
@@ -515,6 +516,27 @@ def test_as_a_part_of_a_sum() -> None:
     both.parts[1].eps_warmup = 10
     both(batch, Progress(step=0, total=100, epochs=10))
     assert both.parts[1]._share == 0.01
+
+
+def test_labels_on_adversarial_images_in_a_sum() -> None:
+    """The sum has the labels of the clean images; "adv" adds those of the adversarial ones, with the method's own weight."""
+    alone, batch = built(labels_on="adv", ce_weight=0.5)
+    how = {"gacd": {**QUICK, "labels_on": "adv", "ce_weight": 0.5}}
+    both = Composed(small_model(0), small_model(1).eval(), methods=("kd", "gacd"), options=how).double().eval()
+    losses = []
+    for objective in (alone, both):
+        torch.manual_seed(5)
+        losses.append(objective(batch, NOW).losses)
+    torch.testing.assert_close(losses[0]["ce"], losses[1]["gacd-adversarial"])
+    assert set(losses[1]) == {"ce", "kd", "gacd", "gacd-adversarial"}
+    with pytest.raises(UsageError, match="two stages"):
+        Composed(small_model(0), small_model(1).eval(), methods=("kd", "gacd"), options={"gacd": {"head_share": 0.5}})
+
+
+@pytest.mark.parametrize("name", ["pairs", "anchor", "labels_on", "weight_on", "sample_weight", "negatives"])
+def test_misspelt_choices_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}='advv' is unknown"):
+        GACD(small_model(0), small_model(1).eval(), **{name: "advv"})
 
 
 @pytest.mark.parametrize("options", [{}, {"negatives": "all"}, {"anchor": "adv"}], ids=name_of)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from overproof.attacks import PGD
 from overproof.errors import UsageError
@@ -17,12 +17,15 @@ from overproof.losses.divergences import cross_entropy, kl_divergence
 from overproof.methods import METHODS
 from overproof.methods.ard import ARD
 from overproof.methods.ce import CE
+from overproof.methods.composed import Composed
 from overproof.methods.kd import KD
 from overproof.methods.pgd_at import PGDAT
+from overproof.methods.robust_objective import RobustObjective
 from overproof.methods.rslad import RSLAD
 from overproof.methods.trades import TRADES
 from overproof.models import create_model
 from overproof.models.autoencoder import Pretext
+from overproof.networks import in_mode
 from overproof.testing import check_method, small_batch, small_model
 from overproof.types import Batch, Progress
 
@@ -163,6 +166,98 @@ def test_trades_without_beta_is_cross_entropy() -> None:
     losses = objective(batch, NOW).losses
     torch.testing.assert_close(losses["ce"], CE(student)(batch, NOW).losses["ce"])
     assert float(losses["trades"]) == 0
+
+
+def watched(objective: RobustObjective, adversarial: Tensor) -> list[Tensor]:
+    """The method with a known answer in place of its attack; what it would have maximised at that answer is written down."""
+    inner: list[Tensor] = []
+
+    def perturb(loss: Any, images: Tensor) -> Tensor:
+        with in_mode(objective.student):
+            inner.append(loss(adversarial, torch.arange(len(images))).detach())
+        return adversarial
+
+    objective.perturb = perturb  # type: ignore[method-assign]
+    return inner
+
+
+def kl(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(target) || softmax(logits)) of each row, written out."""
+    p = target.softmax(1)
+    return (p * (p.log() - logits.softmax(1).log())).sum(1)
+
+
+def gradients(loss: Tensor, student: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(student.parameters())))
+
+
+def test_trades_in_closed_form() -> None:
+    """Value, gradient through both sides, and what the attack maximises: the divergence from the answer in eval mode."""
+    student, batch = small_model(0).double(), small_batch(6)
+    student[3].p = 0.0  # masks of dropout are no part of a formula
+    batch = Batch(batch.images.double(), batch.labels, batch.index)
+    near = (batch.images + 0.05 * torch.randn_like(batch.images)).clamp(0, 1)
+    student.eval()
+    still = student(batch.images), student(near)
+    student.train()
+    objective = TRADES(student, beta=3.0)
+    inner = watched(objective, near)
+    losses = objective.train()(batch, NOW).losses
+    torch.testing.assert_close(inner[0].mean(), kl(still[0], still[1]).mean())
+    expected = 3 * kl(student(batch.images), student(near)).mean()
+    torch.testing.assert_close(losses["trades"], expected)
+    torch.testing.assert_close(gradients(losses["trades"], student), gradients(expected, student))
+
+
+@pytest.mark.parametrize("crafted", ["teacher", "labels"])
+def test_rslad_in_closed_form(crafted: Any) -> None:
+    student, teacher, batch = small_model(0).double().eval(), small_model(1).double().eval(), small_batch(6)
+    batch = Batch(batch.images.double(), batch.labels, batch.index)
+    near = (batch.images + 0.05 * torch.randn_like(batch.images)).clamp(0, 1)
+    objective = RSLAD(student, teacher, adversarial_weight=0.7, crafted_against=crafted)
+    inner = watched(objective, near)
+    losses = objective.eval()(batch, NOW).losses
+    target = teacher(batch.images).detach()
+    climbed = (
+        kl(target, student(near)) if crafted == "teacher" else F.cross_entropy(student(near), batch.labels, reduction="none")
+    )
+    torch.testing.assert_close(inner[0].mean(), climbed.mean().detach())
+    expected = 0.7 * kl(target, student(near)).mean() + 0.3 * kl(target, student(batch.images)).mean()
+    torch.testing.assert_close(losses["adversarial"] + losses["clean"], expected)
+    torch.testing.assert_close(gradients(losses["adversarial"] + losses["clean"], student), gradients(expected, student))
+
+
+@pytest.mark.parametrize("name", ["pgd-at", "trades", "ard", "rslad", "iad-1", "adaad", "gacd"])
+def test_parts_of_a_sum_attack_as_they_do_alone(name: str) -> None:
+    """The attack of a part sees a folded copy in eval mode, and TRADES departs from the answer in eval mode."""
+    student = small_model(0).train()
+    how = {"eps": 0.1, "steps": 1} | ({"begin": 0} if name == "iad-1" else {})
+    both = Composed(student, small_model(1).eval(), methods=("kd", name), options={name: how}).train()
+    part = getattr(both.parts[1], "inner", both.parts[1])
+    seen: list[tuple[str, bool]] = []
+    original = part.perturb
+
+    def perturb(loss: Any, images: Tensor) -> Tensor:
+        def told(x: Tensor, rows: Tensor) -> Tensor:
+            seen.append((type(part.victim).__name__, any(layer.training for layer in part.victim.children())))
+            return cast("Tensor", loss(x, rows))
+
+        return cast("Tensor", original(told, images))
+
+    part.perturb = perturb
+    both(small_batch(8), NOW)
+    assert seen
+    assert set(seen) == {("Folded", False)}
+
+
+def test_trades_in_a_sum_departs_from_the_answer_in_eval_mode() -> None:
+    student, batch = small_model(0).train(), small_batch(6)
+    near = (batch.images + 0.05 * torch.randn_like(batch.images)).clamp(0, 1)
+    still = copy.deepcopy(student).eval()
+    both = Composed(student, small_model(1).eval(), methods=("kd", "trades"), options={"trades": {"eps": 0.1}}).train()
+    inner = watched(both.parts[1].inner, near)  # type: ignore[union-attr, arg-type]
+    both(batch, NOW)
+    torch.testing.assert_close(inner[0].mean(), kl(still(batch.images), still(near)).mean().detach())
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

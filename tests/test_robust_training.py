@@ -34,6 +34,8 @@ from overproof.folder import RunFolder, read_toml, write_toml
 from overproof.methods import METHODS, objective, robust_objective
 from overproof.methods.ard import ARD
 from overproof.methods.ce import CE
+from overproof.methods.crd import CRD
+from overproof.methods.gacd import GACD
 from overproof.methods.kd import KD
 from overproof.methods.pgd_at import PGDAT
 from overproof.methods.rslad import RSLAD
@@ -135,6 +137,33 @@ def test_attack_and_teacher_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert (len(made), len(asked)) == (1, 1)
     run()
     assert (len(made), len(asked)) == (2, 2), "a later step remembers an earlier one"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s, t: CRD(s, t, negatives="all", samples=16),
+        lambda s, t: GACD(s, t, negatives="all", samples=16, symmetric=True, eps=0.1, steps=1),
+        lambda s, t: GACD(s, t, eps=0.1, steps=1),
+    ],
+    ids=["crd", "gacd", "gacd-batch"],
+)
+def test_both_passes_see_the_same_memory(make: Any) -> None:
+    """With weights that do not move nothing rises: the second pass does not know the batch already."""
+    student = small_model(0).train()
+    method = make(student, small_model(1).eval()).train()
+    for number in range(2):
+        torch.manual_seed(number)
+        output = worst_gradients(passes(method, small_batch(16)), method, "train", gamma=1e-12)
+        assert abs(float(output.logs["awp rise"])) < 1e-5
+    plain = make(copy.deepcopy(student), small_model(1).eval()).train()
+    plain.load_state_dict(method.state_dict())
+    torch.manual_seed(5)
+    passes(plain, small_batch(16))()
+    torch.manual_seed(5)
+    worst_gradients(passes(method, small_batch(16)), method, "train", gamma=1e-12)
+    for (name, one), two in zip(plain.named_buffers(), method.buffers(), strict=True):
+        assert torch.equal(one, two), name
 
 
 def test_a_memory_never_passes_off_other_images() -> None:
@@ -367,6 +396,11 @@ def test_step_sizes_that_follow_from_the_radius() -> None:
     assert PGDAT(small_model(), steps=1).step_size == pytest.approx(10 / 255)
     assert PGDAT(small_model(), steps=1, step_size=0.02).step_size == 0.02
     assert PGDAT(small_model(), eps=0.0).step_size > 0
+    for entry in METHODS.entries():
+        if "step_size" in entry.options() and "eps" in entry.options():
+            names = [*entry.positional()]
+            method = METHODS.create(entry.name, *(small_model(k) for k in range(len(names))), eps=0.2)
+            assert method.step_size == pytest.approx(0.05), entry.name
     assert METHODS.create("pgd-at", small_model(), steps=1, eps="16/255").step_size == pytest.approx(20 / 255)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -108,19 +108,34 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
 @contextmanager
 def buffers_unchanged(module: nn.Module, *, besides: nn.Module | None = None) -> Iterator[None]:
     """After the block all buffers of `module` are the tensors they were, bit for bit, those of its part `besides` excepted."""
-    left_out = {id(part) for part in besides.modules()} if besides is not None else set()
-    known = [
-        (part, name, buffer)
-        for part in module.modules()
-        if id(part) not in left_out
-        for name, buffer in part.named_buffers(recurse=False)
-    ]
+    known = _buffers(module, besides)
     with unchanged(buffer for _, _, buffer in known):
         try:
             yield
         finally:
             for part, name, buffer in known:  # a forward may have put another tensor in its place
                 setattr(part, name, buffer)
+
+
+def copied_buffers(module: nn.Module, *, besides: nn.Module | None = None) -> Callable[[], None]:
+    """Copies all buffers of `module`, those of its part `besides` excepted; calling the result puts the copies in their places."""
+    copies = [(part, name, buffer.clone()) for part, name, buffer in _buffers(module, besides)]
+
+    def put() -> None:
+        for part, name, buffer in copies:
+            setattr(part, name, buffer)
+
+    return put
+
+
+def _buffers(module: nn.Module, besides: nn.Module | None) -> list[tuple[nn.Module, str, Tensor]]:
+    left_out = {id(part) for part in besides.modules()} if besides is not None else set()
+    return [
+        (part, name, buffer)
+        for part in module.modules()
+        if id(part) not in left_out
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
 
 
 def digest(model: nn.Module) -> str:

@@ -25,7 +25,7 @@ class Composed(Compound):
         methods: names of methods, each at most once.
         weights: one for each method, at least 0; None: 1 each.
         options: options of the methods by name, such as {"kd": {"temperature": 2.0}}.
-        ce_weight: weight of the labels, at least 0; what the methods say about it is not used.
+        ce_weight: weight of the labels, at least 0; what the methods say about it is not used, but by gacd for adversarial images.
         samples: number of training images, for methods that remember each.
         image_shape: see `FeatureObjective`.
 

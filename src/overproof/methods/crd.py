@@ -71,6 +71,10 @@ class CRD(FeatureObjective):
         image_shape: ImageShape | None = None,
     ) -> None:
         super().__init__(student, teacher, ce_weight=ce_weight, image_shape=image_shape)
+        if positive not in ("exact", "relax") or (not isinstance(negatives, int) and negatives not in ("batch", "all")):
+            raise UsageError(
+                f'crd: positive={positive!r}, negatives={negatives!r}; known are "exact" and "relax", and "batch", "all" and numbers.'
+            )
         numbers = weight >= 0 and temperature > 0 and dim >= 1 and 0 <= momentum < 1
         if not numbers or (isinstance(negatives, int) and negatives < 1) or (samples is not None and samples < 2):
             raise UsageError(

@@ -30,11 +30,15 @@ class Echo(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._known: tuple[Tensor, Tensor, bool] | None = None
 
     def remember(self, images: Tensor, logits: Tensor) -> None:
-        """Answer `images`, this tensor and no copy, with `logits`."""
-        self._known = images, logits
+        """Answer `images`, this tensor and no copy, with `logits`, as long as the network is in the mode that it is in now."""
+        self._known = images, logits, self.network.training
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies remember nothing: logits that carry a graph cannot be copied."""
+        return {**self.__dict__, "_known": None}
 
     def forget(self) -> None:
         """Run the network for everything again."""
@@ -42,7 +46,7 @@ class Echo(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> logits (N, K)."""
-        if self._known is not None and images is self._known[0]:
+        if self._known is not None and images is self._known[0] and self.network.training == self._known[2]:
             return self._known[1]
         logits: Tensor = self.network(images)
         return logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from overproof.networks import in_mode
 from overproof.types import Batch, Output, Progress
 
 Source = Literal["clean", "adv"]
+Pairs = Literal["adv", "both"]
+Trusted = Literal["prob", "correct01", "none"]
 
 
 class GACD(RobustObjective, FeatureObjective):
@@ -48,7 +50,8 @@ class GACD(RobustObjective, FeatureObjective):
         mask_same_class: images of one's own class are no negatives.
         anchor: images of which the teacher's features are taken.
         pairs: "adv": S(x~) is the positive; "both": S(x) too, with the same anchor, and the mean of both.
-        labels_on: images of the cross-entropy; "clean": adversarial ones act through the features alone.
+        labels_on: images of the cross-entropy; "clean": adversarial ones act through the features alone. In a sum of methods, which
+            has a cross-entropy of its own on clean images, "adv" adds that of the adversarial ones.
         ce_weight: of the labels, at least 0; 0: features only, and the last layer is left to `overproof probe-linear`.
         sample_weight: w: "prob", "correct01" (1 where the teacher is right, else 0) or "none" (1).
         weight_on: images on which the teacher is judged.
@@ -86,10 +89,10 @@ class GACD(RobustObjective, FeatureObjective):
         negatives: Negatives = "batch",
         mask_same_class: bool = True,
         anchor: Source = "clean",
-        pairs: Literal["adv", "both"] = "both",
+        pairs: Pairs = "both",
         labels_on: Source = "adv",
         ce_weight: float = 1.0,
-        sample_weight: Literal["prob", "correct01", "none"] = "prob",
+        sample_weight: Trusted = "prob",
         weight_on: Source = "clean",
         normalise_weight: bool = True,
         symmetric: bool = False,
@@ -105,6 +108,15 @@ class GACD(RobustObjective, FeatureObjective):
         attack_mode: AttackMode = "eval",
     ) -> None:
         super().__init__(student, teacher, norm=norm, eps=eps, step_size=step_size, steps=steps, attack_mode=attack_mode)
+        choices: dict[str, tuple[str, Any]] = {
+            "anchor": (anchor, Source),
+            "pairs": (pairs, Pairs),
+            "labels_on": (labels_on, Source),
+        }
+        choices |= {"sample_weight": (sample_weight, Trusted), "weight_on": (weight_on, Source)}
+        for name, (value, kind) in choices.items():
+            if value not in get_args(kind):
+                raise UsageError(f"gacd: {name}={value!r} is unknown; known are {', '.join(get_args(kind))}.")
         if min(weight, ce_weight) < 0 or not 0 <= head_share < 1 or (head_share > 0 and ce_weight == 0):
             raise UsageError(
                 "gacd: needs weight, ce_weight >= 0 and head_share in [0, 1), and a last layer that is fitted needs ce_weight > 0; "
@@ -164,8 +176,6 @@ class GACD(RobustObjective, FeatureObjective):
 
     def compare(self, view: View, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The contrast as a part of a sum of methods, over their forward pass of the clean images."""
-        if self.head_share:
-            raise UsageError("gacd with head_share trains in two stages and cannot be part of another method.")
         if self._taps is None:  # released by the sum, which looks at clean images only
             self.watch(self.places)
         self._share = self.share(progress)
@@ -173,10 +183,18 @@ class GACD(RobustObjective, FeatureObjective):
         lessons: dict[Source, Lesson] = {"clean": Lesson(view.teacher_logits, {place.teacher: view.teacher_features[0]})}
         if "adv" in self.taught:
             lessons["adv"] = self.teach(hard)
-        features: dict[Source, Tensor] = {"clean": view.features[0]}
-        features["adv"] = self.view(self.look(hard, lessons["clean"])).features[0]
+        seen = self.look(hard, lessons["clean"])
+        features: dict[Source, Tensor] = {"clean": view.features[0], "adv": self.view(seen).features[0]}
         losses, self._logs = self._guided(features, lessons, batch)
+        if self.labels_on == "adv" and self.ce_weight:  # the sum's own cross-entropy is that of the clean images
+            losses["adversarial"] = self.ce_weight * cross_entropy(seen.logits, batch.labels).mean()
         return losses
+
+    def release(self) -> None:
+        """Take the hooks off both networks: a sum looks for this method."""
+        if self.head_share:
+            raise UsageError("gacd with head_share trains in two stages and cannot be part of another method.")
+        super().release()
 
     def told(self) -> dict[str, Tensor]:
         """What there is to log about the terms that were made last."""

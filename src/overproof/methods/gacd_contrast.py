@@ -47,6 +47,8 @@ class Contrast(nn.Module):
         samples: int | None,
     ) -> None:
         super().__init__()
+        if not isinstance(negatives, int) and negatives not in ("batch", "all"):
+            raise UsageError(f'gacd: negatives={negatives!r} is unknown; known are "batch", "all" and numbers.')
         count = negatives if isinstance(negatives, int) else 1
         if min(dim, count) < 1 or temperature <= 0 or (samples is not None and samples < 2):
             raise UsageError(

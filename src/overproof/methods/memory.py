@@ -4,27 +4,51 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Made(NamedTuple):
+    """What was made of images, and the states of the generators afterwards, of the CPU's and the device's."""
+
+    images: Tensor
+    found: Tensor
+    dice: tuple[Tensor, Tensor | None]
 
 
 class Memory:
     """What a forward made of images without leaving a graph, for a second forward over the same batch."""
 
     def __init__(self) -> None:
-        self._made: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._left: dict[str, deque[tuple[Tensor, Tensor]]] = {}
+        self._made: dict[str, list[Made]] = {}
+        self._left: dict[str, deque[Made]] = {}
 
     def rewind(self) -> None:
         """From now on tell what is known, in the order in which it was made."""
         self._left = {kind: deque(entries) for kind, entries in self._made.items()}
 
     def recall(self, kind: str, images: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """What was made of these images, if that is what comes next; else `make()`, which is remembered."""
+        """What was made of these images, if that is what comes next; else `make()`, which is remembered.
+
+        Afterwards the generators stand where they stood when it was made: dropout draws the same masks in both forwards.
+        """
         left = self._left.get(kind)
-        if left and torch.equal(left[0][0], images):
-            return left.popleft()[1]
+        if left and torch.equal(left[0].images, images):
+            known = left.popleft()
+            _set_dice(images.device, known.dice)
+            return known.found
         found = make()
-        self._made.setdefault(kind, []).append((images, found))
+        self._made.setdefault(kind, []).append(Made(images, found, _dice(images.device)))
         return found
+
+
+def _dice(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_dice(device: torch.device, dice: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(dice[0])
+    if dice[1] is not None:
+        torch.cuda.set_rng_state(dice[1], device)

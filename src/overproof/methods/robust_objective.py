@@ -45,7 +45,7 @@ class RobustObjective(Objective):
         *,
         norm: Norm = "Linf",
         eps: float = 8 / 255,
-        step_size: float | None = 2 / 255,
+        step_size: float | None = None,
         steps: int = 10,
         attack_mode: AttackMode = "eval",
     ) -> None:

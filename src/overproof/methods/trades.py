@@ -31,7 +31,7 @@ class TRADES(RobustObjective):
 
     Reference: Zhang et al., ICML 2019, arXiv 1901.08573.
 
-    Differences from the paper: eps is 8/255 and the step 2/255 where the authors' code has 0.031 and 0.007.
+    Differences from the paper: eps is 8/255 and the step a quarter of it where the authors' code has 0.031 and 0.007.
     """
 
     start = "gaussian"
@@ -43,7 +43,7 @@ class TRADES(RobustObjective):
         beta: float = 6.0,
         norm: Norm = "Linf",
         eps: float = 8 / 255,
-        step_size: float = 2 / 255,
+        step_size: float | None = None,
         steps: int = 10,
         attack_mode: AttackMode = "eval",
     ) -> None:

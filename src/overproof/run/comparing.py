@@ -91,7 +91,7 @@ def similarities(
     options: Mapping[str, Any] | None = None,
     read: Callable[[RunConfig], Splits] = data_of,
 ) -> dict[str, float]:
-    """How alike two runs are, by the names that figures of a recipe have: agreement, mag-sim, ang-sim.
+    """How alike two runs are, by the names that figures of a recipe have: agreement, mag-sim, ang-sim, kept (share of pairs that count in both).
 
     Args:
         a, b, which, read: see `compare_runs`.
@@ -100,4 +100,5 @@ def similarities(
     chosen = {"images": FIGURE_IMAGES, **(options or {})}
     found = compare_runs(a, b, which=which, metric=("boundary",), read=read, **chosen)
     assert found.boundary is not None
-    return {"agreement": found.agreement, "mag-sim": found.boundary.mag_sim, "ang-sim": found.boundary.ang_sim}
+    walked = {"mag-sim": found.boundary.mag_sim, "ang-sim": found.boundary.ang_sim, "kept": found.boundary.kept}
+    return {"agreement": found.agreement, **walked}

@@ -27,8 +27,8 @@ from overproof.run.launch import refuse_in_a_row
 from overproof.run.prepare import Parts, refuse_code
 from overproof.run.seeds import WITHIN, radius_of
 
-ALIKE = ("agreement", "mag-sim", "ang-sim", "fell", "paid")  # metrics of figures that compare two runs
-WALKED = ("mag-sim", "ang-sim")  # of these, those of boundaries
+ALIKE = ("agreement", "mag-sim", "ang-sim", "kept", "fell", "paid")  # metrics of figures that compare two runs
+WALKED = ("mag-sim", "ang-sim", "kept")  # of these, those of boundaries
 PROBED = ("accuracy", "consensus", "fooled", "planes")  # likewise, by probes, on other data too
 
 
@@ -54,7 +54,7 @@ class Figure(BaseModel):
     evaluation: str = "test-best"
     minus: str = Field("", description="a run whose figure is subtracted, seed by seed")
     against: str = Field(
-        "", description="a run with which the run is compared: agreement, mag-sim, ang-sim, fell, paid, or by probes"
+        "", description="a run with which the run is compared: agreement, mag-sim, ang-sim, kept, fell, paid, or by probes"
     )
     data: str = Field("", description="of figures by probes: another set than the run's own, or a change of it such as color")
     options: dict[str, Any] = Field(default_factory=dict, description="of the comparison or probe, such as targets or eps")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overproof.methods.objective import Objective, remembering
-from overproof.networks import buffers_unchanged, device_of, unchanged
+from overproof.networks import buffers_unchanged, copied_buffers, device_of, unchanged
 from overproof.types import Output
 
 
@@ -42,10 +42,12 @@ def worst_gradients(run: Callable[[], Output], objective: Objective, phase: str,
     chosen = {id(p) for p in objective.trainable(phase)}
     weights = [p for p in objective.student.parameters() if p.dim() > 1 and id(p) in chosen]
     with remembering(objective) as again:
+        as_before = copied_buffers(objective, besides=objective.teacher)
         with _numbers_repeated(device_of(objective.student)):
             first = run()
         again()
         with buffers_unchanged(objective, besides=objective.teacher), moved(weights, gamma):
+            as_before()  # a memory bank must not know these very images already
             second = run()
     return replace(second, logs={**(second.logs or {}), "awp rise": _total(second) - _total(first)})
 
