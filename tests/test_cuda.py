@@ -77,3 +77,27 @@ def test_interrupted_run_resumes(digits: Splits, tmp_path: Path) -> None:
     finally:
         loop.Trainer._step = original
     assert overproof.train(build(), digits, epochs=6, out=tmp_path / "r", resume=True).folder.status["state"] == "done"
+
+
+@pytest.mark.parametrize("estimator", ["exact", "rademacher", "fd-kl"])
+def test_fisher_information_is_that_of_the_cpu(estimator: str) -> None:
+    model, images = overproof.create_model("cnn", 10, 1, 8).eval(), torch.rand(40, 1, 8, 8)
+
+    def measured(place: str) -> list[torch.Tensor]:
+        net, here = model.to(place), images.to(place)
+        draw = torch.Generator().manual_seed(0)
+        found = [overproof.fisher.trace(net, here, estimator=estimator, generator=draw)]
+        found += [overproof.fisher.lambda_max(net, here), overproof.fisher.lambda_max(net, here, estimator="power")]
+        return [values.cpu() for values in found]
+
+    for here, there in zip(measured("cpu"), measured("cuda"), strict=True):
+        torch.testing.assert_close(there, here, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "exact"}, {"estimator": "fd-kl"}, {"target": "lambda_max"}], ids=str)
+def test_training_for_flatness(options: dict, digits: Splits, tmp_path: Path) -> None:
+    run = overproof.train(
+        overproof.create_model("cnn", 10, 1, 8), digits, method="fim", epochs=8, lr=0.05, mu=0.05,
+        attacks=[overproof.attacks.OSSA(eps=0.5)], out=tmp_path / "r", **options,
+    )  # fmt: skip
+    assert run.evaluations["test-best"]["clean"] > 0.7

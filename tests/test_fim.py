@@ -164,13 +164,88 @@ def test_one_forward_pass_serves_both_where_it_can() -> None:
     student = plain().train()
     seen = calls(student)
     FIM(student)(batch, LATE)
-    assert seen == [2, 8]  # two images to see whether the operators serve
+    assert seen == [2, 2, 2, 8]  # two images to see whether the operators serve, and whether the mode matters
+    still = nn.Sequential(plain(), nn.Dropout(0.0)).train()  # a layer that could, and does nothing
+    seen = calls(still)
     for options, expected in (({}, [8]), ({"share": 0.3}, [8, 3]), ({"estimator": "fd-kl"}, [8, 8]), ({"mu": 0.0}, [8])):
-        objective = FIM(student, **options)
+        objective = FIM(still, **options)
         objective(batch, LATE)
         seen.clear()
         objective(batch, LATE)
         assert seen == expected, options
+
+
+class Rolling(nn.Module):
+    """Dropout that no layer tells of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("options", [{}, {"share": 0.5}, {"estimator": "fd-kl"}, {"penalty_mode": "train"}], ids=str)
+def test_the_penalty_leaves_the_mode_of_the_cross_entropy(options: dict[str, Any]) -> None:
+    """However a network drops units, the labels are learned as without the penalty."""
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), Rolling(), nn.Linear(12, 3)).train()
+    batch = small_batch(8)
+    objective = FIM(student, **options)
+    objective(batch, LATE)
+    torch.manual_seed(1)
+    found = objective(batch, LATE)
+    modes = [torch.equal(found.logits, student.eval()(batch.images))]
+    assert not any(modes)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found.losses["ce"], CE(student.train())(batch, LATE).losses["ce"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"share": 0.5}, {"estimator": "fd-kl", "draws": 3}, {"estimator": "hutchinson", "draws": 3}, {"estimator": "exact"}],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_running_statistics_are_those_of_the_cross_entropy(mode: Any, options: dict[str, Any]) -> None:
+    student = small_model().train()
+    student[3].p = 0.0
+    alone, batch = copy.deepcopy(student), small_batch(8)
+    objective = FIM(student, mu=1.0, penalty_mode=mode, **options)
+    for _ in range(2):
+        sum(objective(batch, LATE).losses.values()).backward()
+        CE(alone)(batch, LATE)
+    for (name, one), other in zip(student.named_buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"estimator": "exact", "draws": 2}, "draws"),
+        ({"step": 0.1}, "step"),
+        ({"power_steps": 3}, "power_steps"),
+        ({"target": "lambda_max", "draws": 4, "step": 0.1}, "draws, step"),
+        ({"target": "lambda_max", "estimator": "exact", "power_steps": 2}, "power_steps"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], names: str) -> None:
+    with pytest.raises(UsageError, match=f"fim: {names} would do nothing"):
+        FIM(plain(), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"estimator": "fd-kl"}, {"target": "lambda_max"}, {"target": "lambda_max", "estimator": "exact"}, {}], ids=str
+)
+def test_weights_of_the_classes_may_carry_no_gradient(options: dict[str, Any]) -> None:
+    """The value is the same, the gradient another one: with p held fixed it is that of sum_k p_k ||s_k||^2."""
+    found = []
+    for detach in (False, True):
+        student = plain().double()
+        batch = small_batch(8)
+        objective = FIM(student, mu=1.0, detach_p=detach, **options)
+        batch = Batch(batch.images.double(), batch.labels, batch.index)
+        torch.manual_seed(2)
+        loss = objective(batch, LATE).losses["fim"]
+        found.append((float(loss), torch.autograd.grad(loss, student[-1].weight)[0]))
+    assert found[0][0] == pytest.approx(found[1][0])
+    assert not torch.allclose(found[0][1], found[1][1])
 
 
 def test_the_penalty_sees_batchnorm_as_evaluation_does() -> None:
@@ -412,12 +487,17 @@ def test_a_flattened_network_is_a_concern() -> None:
     objective(batch, Progress(step=0, total=10))
     assert objective.concerns({}) == {}, "the ramp is not over"
     objective(batch, LATE)
-    assert "mu=1e+06 flattens it. Lower method.mu" in objective.concerns({})["fim"]
+    assert "mu=1e+06 flattens it. Lower method.mu" in objective.concerns({"max probability": 0.34})["fim"]
+    slow = FIM(objective.student, mu=1e6, ramp=1.0)
+    slow(batch, Progress(step=8, total=10))
+    assert slow.concerns({"max probability": 0.34}) == {}
+    slow(batch, Progress(step=9, total=10))
+    assert "flattens" in slow.concerns({"max probability": 0.34})["fim"]
     sure = FIM(plain(), mu=1.0)
     with torch.no_grad():
         sure.student[-1].weight.mul_(30)
     sure(batch, LATE)
-    assert sure.concerns({}) == {}
+    assert sure.concerns({"max probability": 0.99}) == {}
 
 
 def test_a_weight_that_flattens_is_told_during_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -451,7 +531,7 @@ def test_as_a_term_beside_distillation() -> None:
         for parameter in student[-1].parameters():
             parameter.zero_()
     objective(batch, LATE)
-    assert "flattens" in objective.concerns({})["fim"]
+    assert "flattens" in objective.concerns({"max probability": 0.34})["fim"]
 
 
 def test_a_part_remembers_too() -> None:
@@ -509,6 +589,15 @@ def test_attacks_on_the_margin_stand_beside_those_on_the_cross_entropy(set_of: t
     own: dict[str, Attack] = {"pgd": PGD(), "pgd-margin": PGD(loss="margin", steps=3)}
     assert with_margin(own) == own
     assert with_margin({}) == {}
+    several = with_margin({"a": FGSM(eps=0.1), "b": FGSM(eps=0.2), "c": FGSM(eps=0.1), "pgd-margin": PGD(loss="dlr")})
+    assert several == {
+        "a": FGSM(eps=0.1),
+        "b": FGSM(eps=0.2),
+        "c": FGSM(eps=0.1),
+        "pgd-margin": PGD(loss="dlr"),
+        "pgd-margin-2": PGD(eps=0.1, steps=20, loss="margin"),
+        "pgd-margin-3": PGD(eps=0.2, steps=20, loss="margin"),
+    }
     model, data = set_of
     attacks = {"pgd": PGD(eps=0.05), "transfer": Transfer(inner=PGD(eps=0.05), source=plain(1, 10))}
     result = evaluate(model, data, attacks=attacks, fisher=True, sanity=0, curve=[0.0, 0.05])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from overproof.losses import fisher as home
 from overproof.losses.derivatives import Transposed, differentiable, pull, pull_each, push_forward
 from overproof.losses.fisher_eigen import Solver
 from overproof.losses.fisher_trace import Tracer, class_weights
+from overproof.models import create_model
 
 K, PIXELS = 4, (1, 2, 3)
 
@@ -327,7 +329,7 @@ def test_the_caller_may_have_switched_gradients_off(switch: Callable[[], Any]) -
 
 
 @pytest.mark.parametrize("switch", [nullcontext, torch.no_grad, torch.inference_mode])
-def test_many_images_go_through_a_copy_that_answers_alike(switch: Callable[[], Any]) -> None:
+def test_many_images_go_through_a_copy_that_answers_alike(switch: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, K)
@@ -336,10 +338,15 @@ def test_many_images_go_through_a_copy_that_answers_alike(switch: Callable[[], A
     net, images = net.eval(), torch.rand(home.WORTHWHILE + 1, 1, 5, 5, dtype=torch.float64, generator=seeded())
     tools = (fisher.trace, fisher.lambda_max, fisher.spectrum)
     expected = [torch.cat([tool(net, image) for image in images.split(1)]) for tool in tools]
+    made: list[Any] = []
+    original = home.folded
+    monkeypatch.setattr(home, "folded", lambda *given: made.append(original(*given)) or made[-1])
     with switch():
         found = [tool(net, images.clone()) for tool in tools]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+    assert len(made) == len(tools)
+    assert all(copied is not net and copied.folds for copied in made)
     assert isinstance(net[1], nn.BatchNorm2d)
     assert all(parameter.requires_grad for parameter in net.parameters())
 
@@ -491,6 +498,49 @@ def test_functions_of_the_user_are_named_as_such() -> None:
     torch.testing.assert_close(fisher.trace(Own(), some()), 4 * fisher.trace(model, 2 * some()))
 
 
+class Roots(nn.Module):
+    """Its gradient is infinite where a pixel is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.last = nn.Linear(6, K).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.flatten(1).sqrt())
+
+
+@pytest.mark.parametrize("estimator", ["exact", "power"])
+def test_where_the_gradient_breaks_down_nothing_is_flat(estimator: Any) -> None:
+    images = some()
+    images[1].flatten()[2], images[2] = 0.0, 0.0
+    images[1] = images[1].clamp(min=0)
+    images[1, 0, 0, 0] = 0.0
+    values = fisher.lambda_max(Roots(), images, estimator=estimator)
+    spectrum, trace = fisher.spectrum(Roots(), images), fisher.trace(Roots(), images)
+    for found in (values, spectrum.sum(dim=1), trace):
+        assert found.isnan().tolist() == [False, True, True, *[False] * (len(images) - 3)]
+    assert bool(fisher.leading(Roots(), images, estimator=estimator)[1].isfinite().all())
+
+
+def test_beyond_many_classes_attention_is_served_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asked for the iteration that its kernel refuses, so the exact form steps in."""
+    from overproof.losses import fisher_eigen
+
+    model, images = create_model("vit-tiny", K, 1, 8).double().eval(), torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    expected = fisher.lambda_max(model, images)
+    monkeypatch.setattr(fisher_eigen, "MANY", 1)
+    torch.testing.assert_close(fisher.lambda_max(model, images), expected, rtol=1e-3, atol=0)
+
+
+def test_measuring_in_train_mode_moves_no_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(6, K)).double().train()
+    before = copy.deepcopy(model.state_dict())
+    for tool in (fisher.trace, fisher.lambda_max, fisher.spectrum):
+        tool(model, some(), batch_statistics=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_other_errors_are_not_disguised() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         fisher.trace(mlp(), some(shape=(1, 2, 2)))
@@ -506,14 +556,25 @@ def test_a_batch_that_is_normalised_as_a_whole_is_refused() -> None:
         assert bool((tool(model, some(), batch_statistics=True) > 0).all())
     assert bool((fisher.trace(model.eval(), some()) > 0).all())
     forgetful = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(6, K)).double().eval()
-    with pytest.raises(UsageError, match="layer '0'"):
+    with pytest.raises(UsageError, match="layer '0'.*It keeps no others"):
         fisher.trace(forgetful, some())
+    assert bool((fisher.trace(forgetful, some(), batch_statistics=True) > 0).all())
 
 
-def test_two_masks_are_refused() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(6, K)).double()
-    with pytest.raises(UsageError, match="another mask"):
-        fisher.trace(model, some(), estimator="fd-kl")
+class Rolling(nn.Module):
+    """Dropout that no layer tells of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.5), Rolling()], ids=["layer", "function"])
+def test_both_answers_of_a_finite_difference_have_the_same_masks(dropout: nn.Module) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 40), dropout, nn.Linear(40, K)).double()
+    torch.manual_seed(3)
+    apart = fisher.trace(model, some(), estimator="fd-kl", draws=40, generator=seeded())
+    still = fisher.trace(model.eval(), some(), estimator="fd-kl", draws=40, generator=seeded())
+    assert float(apart.max()) < 20 * float(still.max()), "two masks differ by far more than two images"
     assert bool(fisher.trace(model, some(), estimator="hutchinson").isfinite().all())
     assert bool(fisher.trace(model.eval(), some(), estimator="fd-kl").isfinite().all())
 

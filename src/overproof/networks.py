@@ -128,6 +128,18 @@ def copied_buffers(module: nn.Module, *, besides: nn.Module | None = None) -> Ca
     return put
 
 
+@contextmanager
+def spare_buffers(module: nn.Module) -> Iterator[None]:
+    """Inside the block `module` works on copies of its buffers; a graph that saved the real ones does not notice."""
+    known = _buffers(module, None)
+    copied_buffers(module)()
+    try:
+        yield
+    finally:
+        for part, name, buffer in known:
+            setattr(part, name, buffer)
+
+
 def _buffers(module: nn.Module, besides: nn.Module | None) -> list[tuple[nn.Module, str, Tensor]]:
     left_out = {id(part) for part in besides.modules()} if besides is not None else set()
     return [
@@ -136,6 +148,21 @@ def _buffers(module: nn.Module, besides: nn.Module | None) -> list[tuple[nn.Modu
         if id(part) not in left_out
         for name, buffer in part.named_buffers(recurse=False)
     ]
+
+
+Dice = tuple[Tensor, Tensor | None]
+
+
+def dice(device: torch.device) -> Dice:
+    """Where the generators of the CPU and of `device` stand."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def put_dice(device: torch.device, state: Dice) -> None:
+    """Set the generators back to where `dice` found them."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def digest(model: nn.Module) -> str:

@@ -150,7 +150,7 @@ class Judge:
         columns = {"index": batch.index, "label": labels, "prediction": predicted, "confidence": confidence, "_row": rows}
         columns |= {"_nll": cross_entropy(logits, labels, reduction="none")}
         columns |= {f"{name}/prediction": predicted for name in self.plan.attacks}
-        columns |= flatness(self.model, images, logits.shape[1]) if self.plan.fisher else {}
+        columns |= flatness(self._copy(images), images, logits.shape[1]) if self.plan.fisher else {}
         if self.teacher is not None:
             with in_mode(self.teacher), torch.no_grad():
                 theirs = logits_of(self.teacher, images)
@@ -204,8 +204,9 @@ class Judge:
 
     def _through(self, stage: Stage, images: Tensor) -> nn.Module:
         """The model, or for attacks that need nothing but logits its cheaper copy."""
-        if not getattr(stage.attack, "logits_only", False):
-            return self.model
+        return self._copy(images) if getattr(stage.attack, "logits_only", False) else self.model
+
+    def _copy(self, images: Tensor) -> nn.Module:
         self._quick = folded(self.model, images) if self._quick is None else self._quick
         return self._quick
 

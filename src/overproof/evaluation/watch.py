@@ -6,6 +6,7 @@ with its median and with the largest probability, and attacks on the margin stan
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -28,20 +29,24 @@ MISLED, ELSEWHERE, FLAT = 0.05, 0.02, 0.1  # shares beyond which a difference is
 
 
 def with_margin(attacks: Mapping[str, Attack]) -> dict[str, Attack]:
-    """The attacks, each on the cross-entropy followed by the same on the margin.
+    """The attacks, each whose loss is the cross-entropy followed by the same on the margin.
 
-    Where no attack lets its loss be chosen, PGD-20 on the margin is added under the first ball.
+    Under a ball where no loss can be chosen (FGSM and its kind) PGD-20 on the margin is added.
     """
     found: dict[str, Attack] = {}
     for name, attack in attacks.items():
         found[name] = attack
         if getattr(attack, "loss", None) == "ce" and is_dataclass(attack) and f"{name}{TWIN}" not in attacks:
             found[f"{name}{TWIN}"] = replace(attack, loss="margin")
-    ball = next(
-        (a.threat for a in attacks.values() if isinstance(a.threat, Linf | L2 | L1) and 0 < a.threat.eps < np.inf), None
-    )
-    if ball is not None and not any(getattr(attack, "loss", None) == "margin" for attack in found.values()):
-        found[f"pgd{TWIN}"] = PGD(norm=type(ball).__name__, eps=ball.eps, steps=20, loss="margin")  # type: ignore[arg-type]
+    blind = [attack.threat for attack in attacks.values() if getattr(attack, "loss", None) is None]
+    balls = [threat for threat in blind if isinstance(threat, Linf | L2 | L1) and 0 < threat.eps < np.inf]
+    climbed = [a.threat for a in found.values() if getattr(a, "loss", None) == "margin"]
+    for ball in balls:
+        if ball not in climbed:
+            climbed.append(ball)
+            names = (f"pgd{TWIN}{'' if number < 2 else f'-{number}'}" for number in itertools.count(1))
+            free = next(name for name in names if name not in found)
+            found[free] = PGD(norm=type(ball).__name__, eps=ball.eps, steps=20, loss="margin")  # type: ignore[arg-type]
     return found
 
 
@@ -79,7 +84,7 @@ def watched(
     pairs = {name: (share, robust[f"{name}{TWIN}"]) for name, share in robust.items() if f"{name}{TWIN}" in robust}
     crafted = {name for name, attack in attacks.items() if isinstance(attack, Transfer)}
     facts: dict[str, Any] = {
-        "samples": found.count,
+        "samples": int(np.isfinite(found["fisher/trace"]).sum()),
         **{name: _middle(found[f"fisher/{name}"]) for name in MEASURES},
         "max_probability": _middle(found["confidence"]),
         "pairs": {name: {"ce": ce, "margin": margin} for name, (ce, margin) in pairs.items()},
@@ -87,7 +92,7 @@ def watched(
             name: {"robust": robust[name], "own": _strongest(name, attacks, robust, crafted)} for name in sorted(crafted)
         },
     }
-    return facts, _worries(facts, classes)
+    return facts, _worries(facts, classes, found.count)
 
 
 def _strongest(transfer: str, attacks: Mapping[str, Attack], robust: Mapping[str, float], crafted: set[str]) -> float | None:
@@ -101,8 +106,13 @@ def _middle(values: np.ndarray) -> dict[str, float] | None:
     return {"mean": float(kept.mean()), "median": float(np.median(kept))} if len(kept) else None
 
 
-def _worries(facts: dict[str, Any], classes: int) -> list[str]:
+def _worries(facts: dict[str, Any], classes: int, count: int) -> list[str]:
     texts, chance = [], 1 / classes
+    if 0 < facts["samples"] < count:
+        texts.append(
+            f"{count - facts['samples']} of {count} images have no finite Fisher information: the gradient breaks down there, which is no "
+            "flatness. The figures are those of the others."
+        )
     if facts["trace"] is None:
         texts.append(
             f"The Fisher information was not measured: no gradient reaches the images, or the batch is normalised as a whole, or {classes} "

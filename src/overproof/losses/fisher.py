@@ -15,6 +15,7 @@ from overproof.folding import folded
 from overproof.losses.derivatives import differentiable
 from overproof.losses.fisher_eigen import Eigensolver, Leading, Solver, factor
 from overproof.losses.fisher_trace import Estimator, Tracer, refuse_mixing
+from overproof.networks import spare_buffers
 
 ROOM = 2**26  # numbers of the Jacobians that are held at once: a quarter of a GiB
 AT_ONCE = 256  # images: beyond that, caches are too small
@@ -121,7 +122,10 @@ def spectrum(model: nn.Module, images: Tensor, *, batch_statistics: bool = False
 
 
 def _by_parts(work: Callable[[nn.Module, Tensor], Tensor], model: nn.Module, images: Tensor, *, whole: bool) -> Tensor:
-    net, parts = (model, [images]) if whole else _parts(model, images)
+    if whole:  # in train mode; measuring is no training
+        with spare_buffers(model):
+            return work(model, images)
+    net, parts = _parts(model, images)
     return torch.cat([work(net, part) for part in parts])
 
 
@@ -135,5 +139,6 @@ def _parts(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[Tensor]]:
     room = ROOM // (classes * images[0].numel())
     parts = list(torch.split(images, min(max(room, 1), AT_ONCE)))
     still = model._compiled_call_impl is None and not any(module.training for module in model.modules())
+    still = still and any(isinstance(module, nn.BatchNorm2d) for module in model.modules())  # else nothing to fold
     copied = folded(model, images) if still and len(images) >= WORTHWHILE else model
     return copied if getattr(copied, "folds", ()) else model, parts

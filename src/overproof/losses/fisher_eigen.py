@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from overproof.errors import UsageError
+from overproof.errors import DerivativeError, UsageError
 from overproof.losses.derivatives import Transposed, differentiable, naming_operators, pull
 from overproof.losses.fisher_trace import class_weights, gaps_to_top, refuse_mixing
 
 Eigensolver = Literal["exact", "power"]
+EXACT = 'Use estimator="exact".'
 MANY = 200  # classes beyond which a power iteration is cheaper than a backward pass for each
 
 
@@ -48,6 +49,7 @@ class Solver:
         estimator: one of these; None: exact up to 200 classes.
         steps: of the iteration, at least 1.
         tolerance: at least 0.
+        detach_p: with `create_graph`, the p_k carry no gradient.
         batch_statistics: allow BatchNorm in train mode.
         at_once: see `derivatives.pull_each`.
 
@@ -61,6 +63,7 @@ class Solver:
     estimator: Eigensolver | None = None
     steps: int = 20
     tolerance: float = 1e-4
+    detach_p: bool = False
     batch_statistics: bool = False
     at_once: bool | None = None
 
@@ -72,7 +75,7 @@ class Solver:
             )
 
     def __call__(self, model: nn.Module, images: Tensor, *, start: Tensor | None = None, create_graph: bool = False) -> Leading:
-        """The leading eigenpair at each image.
+        """The leading eigenpair at each image; where logits or Jacobian are not finite the value is NaN and the direction 0.
 
         Args:
             model: images -> logits (N, K).
@@ -83,12 +86,13 @@ class Solver:
         """
         if not self.batch_statistics:
             refuse_mixing(model)
-        with naming_operators("The power iteration", 'Use estimator="exact".'), differentiable(images) as x:
+        with naming_operators("The power iteration", EXACT), differentiable(images) as x:
             logits: Tensor = model(x)
             exact = self.estimator == "exact" or (self.estimator is None and logits.shape[1] <= MANY)
-            values, directions, classes = self._exact(logits, x) if exact else self._power(logits, x, start)
+            values, directions, classes = self._exact(logits, x) if exact else self._iterated(logits, x, start)
             if create_graph:
-                rows = pull(logits, x, class_weights(logits, classes), create_graph=True).flatten(1)
+                weights = class_weights(logits, classes, detach_p=self.detach_p)
+                rows = pull(logits, x, weights, create_graph=True).flatten(1)
                 values = rows.square().sum(dim=1)
         return Leading(values, directions, classes, logits if create_graph else logits.detach())
 
@@ -100,6 +104,15 @@ class Solver:
         directions = _unit((found.gaps.mT @ shares).view_as(x))
         classes = torch.zeros_like(q[..., 0]).scatter(1, found.order, q[..., 0])
         return (values[:, -1] * found.scale).clamp(min=0).to(x.dtype), directions, classes.to(x.dtype)
+
+    def _iterated(self, logits: Tensor, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        try:
+            with naming_operators("The power iteration", EXACT):
+                return self._power(logits, x, start)
+        except DerivativeError:
+            if self.estimator is not None:
+                raise
+            return self._exact(logits, x)  # nobody asked for the iteration
 
     def _power(self, logits: Tensor, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         sides = _Sides(logits, x)
@@ -116,7 +129,7 @@ class Solver:
             moving = moving & (turned > self.tolerance)
             if not bool(moving.any()):
                 break
-        return b.square().sum(dim=1) * sides.scale, u, _unit(b)
+        return (b.square().sum(dim=1) * sides.scale).masked_fill(sides.broken, torch.nan), u, _unit(b)
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ class Factor:
         mixing: what makes B of the gaps J_k - J_top, (N, K, K), double.
         gaps: (N, K - 1, D), all but the first, which is 0.
         order: the classes, (N, K).
-        scale: p_2, (N,), double.
+        scale: p_2, (N,), double; NaN where logits or gaps are not finite.
     """
 
     gram: Tensor
@@ -141,7 +154,10 @@ class Factor:
 def factor(logits: Tensor, x: Tensor, *, at_once: bool | None = None) -> Factor:
     """The factor of G at each image, from logits (N, K) computed from the leaf `x`."""
     order, gaps = gaps_to_top(logits, x, at_once=at_once)
-    rows = torch.stack(gaps, dim=1).flatten(2).nan_to_num_(0, 0, 0)
+    rows = torch.stack(gaps, dim=1).flatten(2)
+    # Directions are looked for with what is left; the values below say that there is none.
+    broken = ~(rows.isfinite().flatten(1).all(dim=1) & logits.detach().isfinite().all(dim=1))
+    rows = rows.nan_to_num_(0, 0, 0)
     log_p = logits.detach().double().log_softmax(dim=1).gather(1, order)
     p = log_p.exp()
     inner = p.new_zeros(*p.shape, p.shape[1])
@@ -150,7 +166,7 @@ def factor(logits: Tensor, x: Tensor, *, at_once: bool | None = None) -> Factor:
     root = ((log_p - log_p[:, 1:2]) / 2).clamp(max=300).exp()
     mixing = root[:, :, None] * (torch.eye(p.shape[1], dtype=p.dtype, device=p.device) - p[:, None, :])
     gram = (mixing @ inner @ mixing.mT).nan_to_num(0, 0, 0)
-    return Factor(gram, mixing, rows, order, p[:, 1])
+    return Factor(gram, mixing, rows, order, p[:, 1].masked_fill(broken, torch.nan))
 
 
 class _Sides:
@@ -164,6 +180,7 @@ class _Sides:
         self._second = self._others.amax(dim=1, keepdim=True)
         self._root = ((self._others - self._second) / 2).exp()  # sqrt(p_k / p_2), 0 for the first class
         self.scale = self._second.exp().squeeze(1)
+        self.broken = ~logits.detach().isfinite().all(dim=1)  # so far
 
     def start(self, given: Tensor | None) -> Tensor:
         """q (N, K) to begin with: the second class, and a little of all others so that none is out of reach."""
@@ -177,7 +194,9 @@ class _Sides:
         """B^T q, scaled to length 1. (q is orthogonal to sqrt(p), and that says what its first class has to be.)"""
         weights = self._root * classes
         weights = weights.scatter(1, self._top, -weights.sum(dim=1, keepdim=True))
-        return _unit(pull(self._logits, self._x, weights).nan_to_num(0, 0, 0))
+        pulled = pull(self._logits, self._x, weights)
+        self.broken = self.broken | ~pulled.isfinite().flatten(1).all(dim=1)
+        return _unit(pulled.nan_to_num(0, 0, 0))
 
     def classes(self, directions: Tensor) -> Tensor:
         """B u."""

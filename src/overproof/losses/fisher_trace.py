@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from overproof.errors import UsageError
 from overproof.losses.derivatives import differentiable, naming_operators, pull, pull_each, push_forward
 from overproof.losses.divergences import kl_divergence
 from overproof.losses.feature_distances import HALVES, wide
+from overproof.networks import dice, put_dice, spare_buffers
 
 Estimator = Literal["exact", "rademacher", "label", "hutchinson", "fd-kl"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -31,7 +32,8 @@ class Tracer:
     - rademacher: ||J^T w||^2, a_k = v_k sqrt(p_k). Unbiased in value and gradient, for v does not depend on the network.
     - label: ||J^T w||^2, w = e_k - p with k drawn from p. Unbiased in value; its gradient is that of `detach_p`.
     - hutchinson: Var_{k ~ p}[(J u)_k], u of signs, by forward-mode differentiation. Unbiased in value and gradient.
-    - fd-kl: 2 KL(p(x) || p(x + h u)) / h^2, u Gaussian: no second derivative at all. Biased by O(h^2).
+    - fd-kl: 2 KL(p(x) || p(x + h u)) / h^2, u Gaussian: no second derivative at all. Biased by O(h^2). Dropout in train mode has
+      the same masks in both passes.
 
     Args:
         estimator: one of these.
@@ -43,9 +45,9 @@ class Tracer:
         at_once: of the exact form, see `derivatives.pull_each`.
 
     Raises:
-        UsageError: an option out of range; BatchNorm in train mode; or dropout in train mode beside fd-kl, whose two passes would
-            draw different masks.
-        DerivativeError: an operator that cannot be differentiated as the estimator needs it.
+        UsageError: an option out of range, or BatchNorm in train mode.
+        DerivativeError: an operator that cannot be differentiated as the estimator needs it. (With `create_graph` some refuse only
+            when the values are differentiated; the method fim asks before.)
 
     Reference: Shen et al., 2019, arXiv 1909.06137 (the trace); the estimators are Hutchinson's in class space and in pixel space.
     """
@@ -74,7 +76,8 @@ class Tracer:
             work = self._hutchinson
         else:
             work = self._finite_difference if self.estimator == "fd-kl" else self._sampled
-        remedy = 'Use estimator="rademacher", or "fd-kl", which differentiates only once.'
+        others = "" if self.estimator == "rademacher" else '"rademacher", or '
+        remedy = f'Use estimator={others}"fd-kl", which differentiates only once.'
         with naming_operators(f"The Fisher trace with estimator={self.estimator!r}", remedy), differentiable(images) as x:
             values, logits = work(model, x, create_graph)
         return (values, logits) if create_graph else (values.detach(), logits.detach())
@@ -103,29 +106,40 @@ class Tracer:
     def _hutchinson(self, model: nn.Module, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
         parts, x = [], x.detach()
         with torch.set_grad_enabled(create_graph):
-            for _ in range(self.draws):
-                logits, changes = push_forward(model, x, _signs(x, self.generator))
+            for number in range(self.draws):
+                with self._spare(model) if number else nullcontext():
+                    logits, changes = push_forward(model, x, _signs(x, self.generator))
                 p = self._weights(logits)
                 mean = (p * changes).sum(dim=1, keepdim=True)
                 parts.append((p * (changes - mean).square()).sum(dim=1))
         return torch.stack(parts).mean(dim=0), logits
 
     def _finite_difference(self, model: nn.Module, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
-        if any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in model.modules()):
-            raise UsageError(
-                'The Fisher trace with estimator="fd-kl" compares two forward passes, and dropout in train mode draws another mask in '
-                'each: put the model into eval mode, or use estimator="rademacher".'
-            )
         parts, x = [], x.detach()
         with torch.set_grad_enabled(create_graph):
+            masks = dice(x.device)
             logits: Tensor = model(x)
-            step = 0.4 / x[0].numel() ** 0.5 if self.step is None else self.step
-            step = max(step, COARSE) if logits.dtype in HALVES else step
+            step = self.step or max(0.4 / x[0].numel() ** 0.5, COARSE if logits.dtype in HALVES else 0.0)
             for _ in range(self.draws):
-                near = model(x + step * _normal(x, self.generator))
+                moved = x + step * _normal(x, self.generator)
+                later = dice(x.device)
+                put_dice(x.device, masks)
+                with self._spare(model):
+                    near = model(moved)
+                put_dice(x.device, later)
                 # In double: of two answers that hardly differ the divergence is smaller than the rounding of its terms.
-                parts.append((2 * kl_divergence(logits.double(), near.double()) / step**2).to(wide(logits).dtype))
+                apart = self._divergence(logits.double(), near.double())
+                parts.append((2 * apart / step**2).to(wide(logits).dtype))
         return torch.stack(parts).mean(dim=0), logits
+
+    def _spare(self, model: nn.Module) -> AbstractContextManager[None]:
+        """For passes beside the first: BatchNorm in train mode shall not count them."""
+        return spare_buffers(model) if self.batch_statistics else nullcontext()
+
+    def _divergence(self, logits: Tensor, near: Tensor) -> Tensor:
+        if not self.detach_p:
+            return kl_divergence(logits, near)
+        return (self._weights(logits) * (logits.log_softmax(dim=1) - near.log_softmax(dim=1))).sum(dim=1)
 
     def _weights(self, logits: Tensor) -> Tensor:
         p = logits.softmax(dim=1)
@@ -165,10 +179,11 @@ def refuse_mixing(model: nn.Module) -> None:
     """
     for name, part in model.named_modules():
         if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
+            remedy = "Put the model into eval mode, or say" if part.running_mean is not None else "It keeps no others, so say"
             raise UsageError(
                 f"The layer {name!r} ({type(part).__name__}) normalises with the statistics of the batch, so no image has a Fisher "
-                "information of its own. Put the model into eval mode, or say batch_statistics=True (of the method fim: penalty_mode='train') "
-                "for the values of the batch."
+                f"information of its own. {remedy} batch_statistics=True (of the method fim: penalty_mode='train') for the values of the "
+                "batch; directions (fisher.leading, ossa) are those of single images alone."
             )
 
 

@@ -9,18 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from overproof.errors import UsageError
 from overproof.losses.divergences import cross_entropy
 from overproof.losses.fisher_eigen import Solver
 from overproof.losses.fisher_trace import ESTIMATORS, Tracer
 from overproof.methods.fim_memory import ClassVectors
-from overproof.methods.fim_serving import see_what_serves
+from overproof.methods.fim_serving import minds_its_mode, see_what_serves
 from overproof.methods.objective import Objective
 from overproof.methods.robust_objective import AttackMode
-from overproof.networks import in_mode
+from overproof.networks import in_mode, spare_buffers
 from overproof.types import Batch, Output, Progress
 
 Penalised = Literal["trace", "lambda_max"]
@@ -42,11 +40,13 @@ class FIM(Objective):
         estimator: of the trace, see `Tracer`: None is "rademacher"; of lambda_max, see `Solver`: "exact" or, None, "power".
         draws, step, detach_p: see `Tracer`.
         power_steps: steps of the iteration, which goes on where it ended when the image was last seen.
+            An option that the chosen estimator does not use is refused.
         share: of each batch that is penalised, in (0, 1]; drawn anew each time.
         every: penalise each so many steps, with that many times the weight, at least 1.
         ramp: share of the training over which the weight rises, in [0, 1].
-        penalty_mode: mode of BatchNorm and dropout in the penalty's own forward pass; "train" takes the values of the batch.
-            Without such layers, or in "train", the pass of the cross-entropy serves both.
+        penalty_mode: mode of BatchNorm and dropout in the penalty's own forward pass; "train" takes the values of the batch. Where
+            that is the mode of the cross-entropy too, or makes no difference, one pass serves both; not with a share, nor in mixed
+            precision. Running statistics are those of the cross-entropy's pass.
 
     Raises:
         UsageError: an option out of range.
@@ -89,31 +89,32 @@ class FIM(Objective):
         self.memory = ClassVectors() if self.estimator == "power" else None
         self.mu, self.target, self.share, self.every, self.ramp = mu, target, share, every, ramp
         self.penalty_mode = penalty_mode
-        self._served = False
-        self._seen: tuple[bool, Tensor, int] | None = None
+        self._served, self._moody = False, True
+        self._seen: tuple[bool, int] | None = None
 
     def forward(self, batch: Batch, progress: Progress, phase: str = "train") -> Output:
         """One step's losses."""
         weight = self._weight(progress)
         if weight and not self._served:
             see_what_serves(self.student, self.measure, batch.images[:2])
-            self._served = True
+            self._moody, self._served = minds_its_mode(self.student, batch.images[:2]), True
         if weight and self._one_pass(batch.images):
             values, logits = self._penalty(batch.images, batch.index)
         else:
             logits = self.student(batch.images)
             values = self._on_a_share(batch) if weight else logits.new_zeros(1)
         sure = logits.detach().softmax(dim=1).amax(dim=1).float().mean()
-        self._seen = self.mu > 0 and progress.fraction >= self.ramp, sure, logits.shape[1]
+        full = progress.fraction >= self.ramp or progress.step + 1 >= progress.total
+        self._seen = self.mu > 0 and full, logits.shape[1]
         logs = {"max probability": sure} | ({self.target: values.detach().mean()} if weight else {})
         losses = {"ce": cross_entropy(logits, batch.labels).mean(), "fim": weight * values.mean()}
         return Output(losses, logits, logs)
 
     def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
         """Whether the penalty, at its full weight, has flattened the network."""
-        if self._seen is None or not self._seen[0]:
+        if self._seen is None or not self._seen[0] or "max probability" not in means:
             return {}
-        sure, chance = float(self._seen[1]), 1 / self._seen[2]
+        sure, chance = means["max probability"], 1 / self._seen[1]
         if sure - chance > 0.1 * (1 - chance):
             return {}
         return {
@@ -139,7 +140,8 @@ class FIM(Objective):
         precision: AbstractContextManager[Any] = nullcontext()
         if self._needs_full(images):
             precision = torch.autocast(images.device.type, enabled=False)
-        with in_mode(self.student, mode), precision:
+        spare = nullcontext() if mode == "eval" or self._one_pass(images) else spare_buffers(self.student)
+        with in_mode(self.student, mode), precision, spare:
             if isinstance(self.measure, Tracer):
                 return self.measure(self.student, images, create_graph=True)
             start = None if self.memory is None else self.memory.recall(index)
@@ -154,8 +156,7 @@ class FIM(Objective):
 
     def _one_pass(self, images: Tensor) -> bool:
         """Whether cross-entropy and penalty can stand on the same forward pass."""
-        moody = any(isinstance(part, _NormBase | _DropoutNd) for part in self.student.modules())
-        return self.share == 1 and not self._needs_full(images) and (not moody or self.penalty_mode == "train")
+        return self.share == 1 and not self._needs_full(images) and (self.penalty_mode == "train" or not self._moody)
 
 
 def _instrument(
@@ -173,6 +174,11 @@ def _instrument(
     chosen: Any = estimator or ("rademacher" if target == "trace" else "power")
     if chosen not in known:
         raise UsageError(f"fim: estimator={estimator!r} cannot serve target={target!r}; known are {', '.join(known)}.")
+    used = {"draws": chosen not in ("exact", "power"), "step": chosen == "fd-kl", "power_steps": chosen == "power"}
+    given = {"draws": draws != 1, "step": step is not None, "power_steps": steps != 1}
+    idle = [name for name, asked in given.items() if asked and not used[name]]
+    if idle:
+        raise UsageError(f"fim: {', '.join(idle)} would do nothing with target={target!r}, estimator={chosen!r}; leave it out.")
     if target == "trace":
         return Tracer(estimator=chosen, draws=draws, step=step, detach_p=detach_p, batch_statistics=mixing)
-    return Solver(estimator=chosen, steps=steps, batch_statistics=mixing)
+    return Solver(estimator=chosen, steps=steps, detach_p=detach_p, batch_statistics=mixing)

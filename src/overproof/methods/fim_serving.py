@@ -11,7 +11,7 @@ from overproof.errors import DerivativeError
 from overproof.losses.derivatives import naming_operators, refuse_dead_ends
 from overproof.losses.fisher_eigen import Solver
 from overproof.losses.fisher_trace import Tracer
-from overproof.networks import in_mode
+from overproof.networks import dice, in_mode, put_dice, spare_buffers
 
 SERVING: tuple[Literal["rademacher", "hutchinson", "fd-kl"], ...] = ("rademacher", "hutchinson", "fd-kl")
 
@@ -30,6 +30,24 @@ def see_what_serves(student: nn.Module, measure: Tracer | Solver, images: Tensor
         other = next((name for name in SERVING[:-1] if _serves(student, name, images)), SERVING[-1])
         change = f"estimator={other!r}" if isinstance(measure, Tracer) else f"target='trace' and estimator={other!r}"
         raise DerivativeError(f"fim: estimator={measure.estimator!r}", error.operator, f"Use {change}.") from error
+
+
+def minds_its_mode(student: nn.Module, images: Tensor) -> bool:
+    """Whether the network as it is answers otherwise than in eval mode, or rolls dice; found out by asking, for layers do not tell.
+
+    The network and the generators are left as they were.
+    """
+    before = dice(images.device)
+    with torch.no_grad(), spare_buffers(student):
+        answer = student(images)
+        after = dice(images.device)
+        with in_mode(student):
+            still = student(images)
+    put_dice(images.device, before)
+    rolled = any(
+        one is not None and two is not None and not torch.equal(one, two) for one, two in zip(before, after, strict=True)
+    )
+    return rolled or not torch.equal(answer, still)
 
 
 def _serves(student: nn.Module, estimator: Literal["rademacher", "hutchinson", "fd-kl"], images: Tensor) -> bool:

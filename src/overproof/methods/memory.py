@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from overproof.networks import Dice, dice, put_dice
+
 
 class Made(NamedTuple):
     """What was made of images, and the states of the generators afterwards, of the CPU's and the device's."""
 
     images: Tensor
     found: Tensor
-    dice: tuple[Tensor, Tensor | None]
+    dice: Dice
 
 
 class Memory:
@@ -37,18 +39,8 @@ class Memory:
         left = self._left.get(kind)
         if left and torch.equal(left[0].images, images):
             known = left.popleft()
-            _set_dice(images.device, known.dice)
+            put_dice(images.device, known.dice)
             return known.found
         found = make()
-        self._made.setdefault(kind, []).append(Made(images, found, _dice(images.device)))
+        self._made.setdefault(kind, []).append(Made(images, found, dice(images.device)))
         return found
-
-
-def _dice(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_dice(device: torch.device, dice: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(dice[0])
-    if dice[1] is not None:
-        torch.cuda.set_rng_state(dice[1], device)
