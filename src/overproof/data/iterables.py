@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from overproof.data.order import generator_for
 from overproof.data.pixels import check_images, check_labels, to_float
@@ -57,6 +57,12 @@ class IterableLoader:
         self.data, self.device, self.augment, self.seed = data, torch.device(device), augment, seed
         self.classes = classes if isinstance(classes, int) or classes is None else len(tuple(classes))
         self.rank, self.world_size = rank, world_size
+        sharing = isinstance(getattr(data, "sampler", None), DistributedSampler)
+        if world_size > 1 and sharing:
+            raise DataError(
+                "The DataLoader has a DistributedSampler, but its batches are shared out among the processes here, too: most images would "
+                "never be seen. Give the Dataset, or a DataLoader without that sampler."
+            )
 
     @property
     def keeps_numbers(self) -> bool:
@@ -85,7 +91,7 @@ class IterableLoader:
                     "or give a Dataset instead of a loader."
                 )
             if len(batch):
-                yield self._augmented(batch.to(self.device, non_blocking=True), epoch, number)
+                yield self._augmented(as_floats(batch.to(self.device, non_blocking=True)), epoch, number)
         if number < 0:
             raise DataError(
                 "The iterable gave no batch: it is empty, or it was used up by an earlier pass (a generator can be used "
@@ -111,6 +117,9 @@ class IterableLoader:
         So a resumed run meets the same batches, and all processes meet the same ones.
         """
         _seed_global(self.seed, epoch, -1)
+        for sampler in (getattr(self.data, "sampler", None), getattr(self.data, "batch_sampler", None)):
+            if sampler is not None and hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
         batches = iter(self.data)
         for number in itertools.count():
             _seed_global(self.seed, epoch, number)
@@ -148,10 +157,15 @@ def _length(data: Any) -> int | None:
 
 
 def checked(images: Tensor, labels: Tensor, place: str, classes: int | None) -> Batch:
-    """A batch of float32 images in [0, 1] and int64 labels, `index` counting from 0.
+    """A batch of images, uint8 or float32 in [0, 1], and int64 labels, `index` counting from 0.
 
     Raises:
         DataError: wrong shapes, types, pixels or labels; names `place`.
     """
-    images = to_float(check_images(images, place))
+    images = check_images(images, place)
     return Batch(images, check_labels(labels, len(images), place, classes=classes), torch.arange(len(images)))
+
+
+def as_floats(batch: Batch) -> Batch:
+    """Its images as float32 in [0, 1]: after the way to the device, on which bytes are a quarter of the load."""
+    return Batch(to_float(batch.images), batch.labels, batch.index)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from overproof.data.iterables import checked
+from overproof.data.iterables import as_floats, checked
 from overproof.data.order import Plan, generator_for
 from overproof.data.pixels import as_image, class_number, shape_error, to_float
 from overproof.data.streams import StreamSet, UnreadableError
@@ -24,8 +27,8 @@ WORKERS = 4
 class StreamLoader:
     """Batches of a `StreamSet` or of any map-style Dataset of (image, label), read by worker processes.
 
-    Order and augmentation are those of `DeviceLoader`. Random transforms inside the user's own Dataset are seeded per
-    epoch and worker, so they are not repeated exactly by a run that is resumed within an epoch.
+    Order and augmentation are those of `DeviceLoader`. Random transforms inside the user's own Dataset are seeded per epoch and image,
+    so that any number of workers and processes, and a run that is resumed within an epoch, draw the same.
 
     Args:
         dataset: a `StreamSet`, or a Dataset whose items are as described there.
@@ -68,7 +71,7 @@ class StreamLoader:
         positions = self.dataset.index if isinstance(self.dataset, StreamSet) else None
         plan = list(self.plan.rows(epoch, start))
         loader = DataLoader(
-            _Items(source),
+            _Items(source, None if isinstance(self.dataset, StreamSet) else (self.seed, epoch)),
             batch_sampler=[rows.tolist() for _, rows in plan],
             num_workers=self.num_workers,
             collate_fn=_collate,
@@ -78,7 +81,7 @@ class StreamLoader:
         for (number, _), found in zip(plan, loader, strict=True):
             batch = self._batch(found, number)
             batch = Batch(batch.images, batch.labels, batch.index if positions is None else positions[batch.index])
-            yield self._augmented(batch.to(self.device, non_blocking=True), epoch, number)
+            yield self._augmented(as_floats(batch.to(self.device, non_blocking=True)), epoch, number)
 
     def _batch(self, found: tuple[Any, ...], number: int) -> Batch:
         images, labels, rows, errors = found
@@ -114,15 +117,36 @@ def _length(dataset: Any) -> int:
     return count
 
 
-class _Items(Dataset[Any]):
-    """Items as (image, label, row), or the error met: errors raised inside a worker lose their text on the way."""
+@contextmanager
+def seeded(*parts: int) -> Iterator[None]:
+    """Inside the block the global generators of Python, NumPy and torch (on the CPU) begin anew from `parts`; afterwards they go on."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = generator_for("item", *parts).initial_seed()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+
+class _Items(Dataset[Any]):
+    """Items as (image, label, row), or the error met: errors raised inside a worker lose their text on the way.
+
+    With `seeds` the transforms of a Dataset draw the same for the same row in the same epoch, whoever asks and whenever: however many
+    workers and processes there are, and after an interruption.
+    """
+
+    def __init__(self, dataset: Any, seeds: tuple[int, int] | None) -> None:
+        self.dataset, self.seeds = dataset, seeds
 
     def __getitem__(self, row: int) -> tuple[Tensor, int, int] | DataError:
         try:
-            item = self.dataset[row]
+            with nullcontext() if self.seeds is None else seeded(*self.seeds, row):
+                item = self.dataset[row]
             if not isinstance(item, tuple | list) or len(item) != 2:
                 return DataError(f"Item {row} of the Dataset is {type(item).__name__}; expected (image, label).")
             return as_image(item[0], f"image {row}"), class_number(item[1], row), row

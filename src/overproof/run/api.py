@@ -19,10 +19,10 @@ from overproof.evaluation.evaluator import make_attacks
 from overproof.folder import RunFolder
 from overproof.methods import METHODS
 from overproof.models.weights import load_model
+from overproof.run.environment import free
 from overproof.run.execute import Run, execute
+from overproof.run.given import refuse_idle, same_classes
 from overproof.run.prepare import USER, Parts, UserData
-
-OF_SOURCES = ("long_tail", "attribute", "attribute_file")  # keys of [data] that only a source can serve
 
 
 def load(run: str | Path, which: str = "best", *, model: nn.Module | None = None, trusted: bool = False) -> nn.Module:
@@ -150,11 +150,7 @@ def start(teacher: Any, student: Any, data: Any, given: dict[str, Any], *, sourc
         raise UsageError(
             f"The data set {data!r} brings its own validation and test images; leave validation_data and test_data out."
         )
-    if not own_data and (named := [key for key in OF_SOURCES if layer["data"].get(key) is not None]):
-        raise UsageError(
-            f"data.{named[0]} belongs to data with a name; these came as objects. Thin them out with overproof.data.long_tailed(labels, "
-            "ratio), give subgroups with ImageSet.with_attribute."
-        )
+    refuse_idle(given, layer, student, data)
     config = resolve(layer)
     parts = Parts(
         student=_module(student),
@@ -165,7 +161,7 @@ def start(teacher: Any, student: Any, data: Any, given: dict[str, Any], *, sourc
         attacks=attacks or None,
         source=source,
     )
-    out = given["out"] if given["out"] is not None else _free(method.replace(",", "-"))
+    out = given["out"] if given["out"] is not None else free(method.replace(",", "-"), resume=given["resume"])
     return execute(config, out, parts=parts, resume=given["resume"])
 
 
@@ -199,6 +195,7 @@ def _data(data: Any, validation: Any, test: Any) -> Splits | UserData:
     if isinstance(data, Splits):
         return data
     train, validation, test = (_images(part) for part in (data, validation, test))
+    same_classes(train, validation_data=validation, test_data=test)
     return UserData(train, validation, test, tuple(getattr(train, "classes", ())))
 
 
@@ -212,10 +209,3 @@ def _attack_options(attacks: dict[str, Attack]) -> dict[str, dict[str, Any]]:
     names = {entry.load(): entry.name for entry in ATTACKS.entries()}
     known = {name: attack for name, attack in attacks.items() if type(attack) in names and is_dataclass(attack)}
     return {name: {"attack": names[type(attack)], **asdict(attack)} for name, attack in known.items()}  # type: ignore[call-overload]
-
-
-def _free(method: str) -> Path:
-    number = 1
-    while Path(f"runs/{method}-{number}").exists():
-        number += 1
-    return Path(f"runs/{method}-{number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import shlex
@@ -16,8 +17,11 @@ from typing import Any
 import torch
 
 from overproof.config import RunConfig, resolve
-from overproof.errors import FolderError
+from overproof.errors import FolderError, UsageError
 from overproof.folder import RunFolder
+
+CHOSEN = "OVERPROOF_RUN_"  # and the number of the call: environment variables that tell further processes the folder
+_calls = itertools.count()
 
 
 def claim(folder: RunFolder, config: RunConfig, resume: bool) -> list[Path]:
@@ -81,3 +85,21 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 and "site-packages" not in here.parts else ""
+
+
+def free(name: str, *, resume: bool) -> Path:
+    """The next free `runs/NAME-n`; in a process that another one has started, the one that was chosen there.
+
+    Raises:
+        UsageError: a run is to be continued, or several processes would choose, and none is named.
+    """
+    if resume or (int(os.environ.get("WORLD_SIZE") or 1) > 1 and "TORCHELASTIC_RUN_ID" in os.environ):
+        why = "resume=True continues the run in `out`" if resume else "Under torchrun every process has to know the folder"
+        raise UsageError(f"{why}: say which, such as out='runs/{name}-1'.")
+    key = f"{CHOSEN}{next(_calls)}"
+    if int(os.environ.get("LOCAL_RANK") or 0) and key in os.environ:
+        return Path(os.environ[key])
+    places = (Path(f"runs/{name}-{number}") for number in itertools.count(1))
+    chosen = next(place for place in places if not place.exists())
+    os.environ[key] = str(chosen)  # processes that are started for this run call the same program again
+    return chosen

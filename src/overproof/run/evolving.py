@@ -24,7 +24,7 @@ from overproof.models.generators import critic, make_generator, mlp_critic
 from overproof.models.sampling import load_generator
 from overproof.networks import borrowed
 from overproof.run.course import Course, checked_evolution, planned
-from overproof.run.environment import claim, environment
+from overproof.run.environment import claim, environment, free
 from overproof.run.execute import Run, holding
 from overproof.run.looking import Looker
 from overproof.run.prepare import USER, data_of
@@ -71,7 +71,7 @@ def evolve(
         layer["judge"] = {"name": USER} if isinstance(judge, nn.Module) else {"run": str(judge)}
     module = judge if isinstance(judge, nn.Module) else None
     given = _images(data) if own else None
-    return execute_evolution(resolve(layer), out or _free(name), data=given, judge=module, resume=resume)
+    return execute_evolution(resolve(layer), out or free(name, resume=resume), data=given, judge=module, resume=resume)
 
 
 def execute_evolution(
@@ -243,7 +243,3 @@ def _images(data: Any) -> Any:
     if isinstance(data, Tensor):
         return ImageSet(data, torch.zeros(len(data), dtype=torch.long), classes=1)
     return data
-
-
-def _free(name: str) -> Path:
-    return next(path for number in itertools.count(1) if not (path := Path(f"runs/{name}-{number}")).exists())

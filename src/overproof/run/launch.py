@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from overproof import console
-from overproof.config import RunConfig
+from overproof.config import RunConfig, TrainConfig
 from overproof.errors import UsageError
 from overproof.folder import RunFolder
 from overproof.methods import METHODS
@@ -100,8 +102,15 @@ def refuse_in_a_row(runs: Iterable[tuple[RunConfig, RunFolder]]) -> None:
         UsageError: more than one unfinished run over several devices without torchrun.
     """
     left = [config.train for config, folder in runs if folder.status.get("state") != "done"]
-    if len(left) > 1 and any(train.nodes > 1 or train.devices not in (1, "1", "auto") for train in left):
+    if len(left) > 1 and any(train.nodes > 1 or _count(train) != 1 for train in left):
         _need_torchrun()
+
+
+def _count(train: TrainConfig) -> int | str:
+    """How many devices are asked for, as far as that is a number."""
+    if train.devices == "auto" and train.accelerator in ("auto", "cuda", "gpu"):
+        return max(torch.cuda.device_count(), 1)
+    return 1 if train.devices in (1, "1", "auto") else train.devices
 
 
 def _only_once() -> None:

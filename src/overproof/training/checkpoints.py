@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 
-from overproof.errors import FolderError
+from overproof.errors import FolderError, UsageError
 from overproof.folder import atomic, disk_message, plain
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ def save_state(trainer: Trainer) -> None:
     """Write where `trainer` stands."""
     state = {
         "step": trainer.step,
+        "per_epoch": trainer.per_epoch,
+        "processes": trainer.fabric.world_size,
         "seconds": trainer.seconds,
         "best": trainer.selection.best,
         "peak": trainer.selection.peak,
@@ -40,6 +42,13 @@ def restore_state(trainer: Trainer) -> bool:
     trainer.fabric.barrier()  # nobody may write the first checkpoint before everybody has looked for one
     if state is None:
         return False
+    made = state.get("per_epoch", trainer.per_epoch)
+    if made != trainer.per_epoch:
+        raise UsageError(
+            f"{trainer.folder.path / NAME} was made with {made} steps an epoch by {state['processes']} process(es), and now there are "
+            f"{trainer.per_epoch} by {trainer.fabric.world_size}: epochs and learning rates would be others. Continue with as many "
+            "processes, the same data and the same batch size."
+        )
     trainer.step, trainer.seconds, trainer.metrics_size = state["step"], state["seconds"], state["metrics_size"]
     trainer.selection.best, trainer.selection.peak = state["best"], state.get("peak", {})
     trainer.meter.load(state["meter"], trainer.fabric.device)
@@ -57,7 +66,31 @@ def restore_state(trainer: Trainer) -> bool:
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, texts, lists and dicts of them)."""
     with atomic(run / NAME) as file:
-        torch.save(state, file)
+        watched = _Watched(file)
+        try:
+            torch.save(state, cast("IO[bytes]", watched))
+        except RuntimeError:
+            if watched.error is not None:
+                raise watched.error from None
+            raise
+
+
+class _Watched:
+    """A file that remembers why the disk refused: `torch.save` tells of it in words of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def load_checkpoint(run: Path) -> dict[str, Any] | None:

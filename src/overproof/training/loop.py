@@ -126,6 +126,8 @@ class Trainer:
             self.seconds = before + now - begun
             images += len(batch) * self.fabric.world_size
             # Only here has the watch looked at every loss, and only here do all processes talk about stopping.
+            if self.stopper.stop:
+                self.watch.check()  # who is told to stop cannot wait until losses have gathered
             calm = self.watch.settled
             if calm:
                 bar.update(self.step, images=self._images + images, **self.meter.mean("loss", "accuracy"))
