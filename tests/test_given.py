@@ -193,6 +193,24 @@ def test_a_run_of_other_epochs_is_not_continued() -> None:
     overproof.train(model(), batches, epochs=50, out="r", resume=True)
 
 
+def test_what_changes_no_result_may_change_when_a_run_goes_on() -> None:
+    data, how = (IMAGES, LABELS), {"epochs": 2, "batch_size": 8, "test_data": (IMAGES, LABELS)}
+    run = overproof.train(model(), data, out="r", evaluation={"batch_size": 5}, **how)
+    assert resolve(run.folder.config).evaluation.batch_size == 5
+    again = overproof.train(
+        model(), data, out="r", evaluation={"batch_size": 7}, workers=1, checkpoint_seconds=5, resume=True, **how
+    )
+    assert again.evaluations == run.evaluations
+    with pytest.raises(FolderError, match=r"another configuration \(train.lr: 0.1 there, 0.2 here\).*Only train.workers"):
+        overproof.train(model(), data, out="r", lr=0.2, resume=True, **how)
+    with pytest.raises(UsageError, match="made from Python objects"):
+        overproof.run.execute.resume("r", overrides=["evaluation.batch_size=3"])
+    named = overproof.train("mlp", "digits", epochs=1, limit_train=60, limit_test=20, out="n")
+    assert overproof.run.execute.resume("n", overrides=["evaluation.batch_size=3"]).evaluations == named.evaluations
+    with pytest.raises(FolderError, match="another configuration"):
+        overproof.run.execute.resume("n", overrides=["train.epochs=3"])
+
+
 def test_a_disk_that_is_full_is_told_as_such(tmp_path: Path) -> None:
     """A real limit, on which torch's writer has words of its own."""
     save_checkpoint(tmp_path, {"step": 1})

@@ -643,6 +643,20 @@ def test_averaging_leaves_the_student_alone(tmp_path: Path, plain: Path, averagi
     assert not same(plain, run.path)
 
 
+def test_statistics_are_measured_where_the_features_stand_still() -> None:
+    """In its second stage gacd runs the features in eval mode; the average has statistics of its own all the same."""
+    fabric, batches, found = Fabric(accelerator="cpu", devices=1), [small_batch(8, seed=i) for i in range(5)], []
+    for make in (lambda s: GACD(s, small_model(1).eval(), head_share=0.5, eps=0.1, steps=1), CE):
+        student = small_model(0)
+        method = make(student).train()
+        averaged = make_averaged(student, TrainConfig(averaging="swa"))
+        averaged.update_parameters(student)
+        measure_statistics(averaged, method, batches, progress=Progress(step=90, total=100), fabric=fabric)
+        found.append(averaged.module[1].running_var.clone())
+    assert not torch.equal(found[0], torch.ones(6))
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("name", ["pgd-at", "trades", "ard", "rslad"])
 def test_measuring_statistics_changes_nothing_else(name: str) -> None:
     entry = METHODS.get(name)

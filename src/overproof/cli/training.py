@@ -228,9 +228,9 @@ def probe_linear(
     _execute(merge(table, given), overrides, config=None, out=out, seeds=seeds, trust=trust, as_json=json_)
 
 
-def resume(run: Path, *, trust: Trust = False, plugin: Plugin = (), json_: Json = False) -> None:
-    """Continue an interrupted run to the end."""
+def resume(run: Path, *, set_: Set = (), trust: Trust = False, plugin: Plugin = (), json_: Json = False) -> None:
+    """Continue an interrupted run to the end; with --set also with other train.workers, evaluation.batch_size and the like."""
     plugins(plugin)
     from overproof.run.execute import resume as continue_run
 
-    show_runs([continue_run(run, trusted=trust).folder], run / "report.html", json_)
+    show_runs([continue_run(run, overrides=set_, trusted=trust).folder], run / "report.html", json_)

@@ -123,7 +123,7 @@ def make_part(
     if not (inspect.isclass(builder) and issubclass(builder, FeatureObjective)):
         return Whole(student, teacher, name=name, options=options)
     part: FeatureObjective = METHODS.create(name, student, teacher, **options)
-    part.release()
+    part.join()
     return part
 
 

@@ -190,11 +190,15 @@ class GACD(RobustObjective, FeatureObjective):
             losses["adversarial"] = self.ce_weight * cross_entropy(seen.logits, batch.labels).mean()
         return losses
 
-    def release(self) -> None:
-        """Take the hooks off both networks: a sum looks for this method."""
+    def join(self) -> None:
+        """Become part of a sum.
+
+        Raises:
+            UsageError: with head_share.
+        """
         if self.head_share:
             raise UsageError("gacd with head_share trains in two stages and cannot be part of another method.")
-        super().release()
+        super().join()
 
     def told(self) -> dict[str, Tensor]:
         """What there is to log about the terms that were made last."""

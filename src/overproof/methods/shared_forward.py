@@ -119,8 +119,12 @@ class SharedForward(Objective):
         if ours or theirs:
             self._taps = Tap(self.student, ours), Tap(self.teacher, theirs)
 
+    def join(self) -> None:
+        """Become part of another method, which looks for this one."""
+        self.release()
+
     def release(self) -> None:
-        """Take the hooks off both networks: somebody else looks for this method."""
+        """Take the hooks off both networks."""
         for tap in self._taps or ():
             tap.close()
         self._taps = None

@@ -51,6 +51,7 @@ def train(
     extra_data: Any = None,
     attacks: Mapping[str, Any] | Sequence[Any] = (),
     curve: Sequence[float] = (),
+    evaluation: Mapping[str, Any] | None = None,
     model_options: Mapping[str, Any] | None = None,
     data_options: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -69,6 +70,7 @@ def train(
         test_data: images for the final evaluation.
         extra_data: images of a generator, as `data` but no iterable: `extra_share` (0.7) of every batch are theirs.
         attacks, curve: for the final evaluation, as in `evaluate`.
+        evaluation: further keys of [evaluation], such as {"batch_size": 32} where validation would not find room on the device.
         model_options, data_options: options of a registered model and data set.
         resume: continue the run in `out`.
         **options: any key of [train] (epochs, lr, ...), any option of the method, `seed`, or `augment`.
@@ -95,6 +97,7 @@ def distill(
     extra_data: Any = None,
     attacks: Mapping[str, Any] | Sequence[Any] = (),
     curve: Sequence[float] = (),
+    evaluation: Mapping[str, Any] | None = None,
     model_options: Mapping[str, Any] | None = None,
     data_options: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -139,6 +142,7 @@ def start(teacher: Any, student: Any, data: Any, given: dict[str, Any], *, sourc
     layer["verb"] = "train" if teacher is None else "distill"
     attacks = make_attacks(given["attacks"])
     layer["evaluation"] = {"attacks": _attack_options(attacks), "curve": list(given["curve"])}
+    layer["evaluation"] |= given.get("evaluation") or {}
     layer["data"] |= given["data_options"] or {}
     layer["model"] |= given["model_options"] or {}
     extra = given.get("extra_data")

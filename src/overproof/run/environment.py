@@ -22,6 +22,8 @@ from overproof.folder import RunFolder
 
 CHOSEN = "OVERPROOF_RUN_"  # and the number of the call: environment variables that tell further processes the folder
 _calls = itertools.count()
+# What a run may be continued with otherwise than it was begun: none of it changes what comes out.
+SPARE = ("train.workers", "train.loggers", "train.checkpoint_seconds", "evaluation.batch_size")
 
 
 def claim(folder: RunFolder, config: RunConfig, resume: bool) -> list[Path]:
@@ -35,9 +37,11 @@ def claim(folder: RunFolder, config: RunConfig, resume: bool) -> list[Path]:
             )
         # Resolved again: options that have come since the run began have their defaults.
         known = resolve(folder.config).table() if (folder.path / "config.toml").exists() else config.table()
-        if known != config.table():
-            changed = _differences(known, config.table())
-            raise FolderError(f"{folder.path} holds a run with another configuration ({changed}). Choose another --out.")
+        if changed := _differences(known, config.table()):
+            raise FolderError(
+                f"{folder.path} holds a run with another configuration ({changed}). Choose another --out. (Only {', '.join(SPARE)} may "
+                "change.)"
+            )
         return []
     ours = {".lock", ".config.toml.partial"}  # all that a run killed in its first moment leaves
     if folder.path.exists() and (not folder.path.is_dir() or any(p.name not in ours for p in folder.path.iterdir())):
@@ -54,7 +58,7 @@ def _differences(old: Any, new: Any, place: str = "") -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         parts = [_differences(old.get(k), new.get(k), f"{place}.{k}" if place else k) for k in sorted({*old, *new})]
         return ", ".join(p for p in parts if p)
-    return "" if old == new else f"{place}: {old!r} there, {new!r} here"
+    return "" if old == new or place in SPARE else f"{place}: {old!r} there, {new!r} here"
 
 
 def environment(device: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,12 @@ def _finished(folder: RunFolder, student: nn.Module | None, trusted: bool) -> Ru
     return Run(folder, load_model(folder.path, "best", student, trusted=trusted), folder.evaluations)
 
 
-def resume(out: str | Path, *, deadline: float | None = None, trusted: bool = False) -> Run:
+def resume(out: str | Path, *, overrides: Sequence[str] = (), deadline: float | None = None, trusted: bool = False) -> Run:
     """Continue the run in `out` to its end.
 
     Args:
         out: a run folder.
+        overrides: "section.key=value"; only what changes no result (train.workers, evaluation.batch_size, ...).
         deadline: `time.monotonic()` at which to stop again.
         trusted: allow a folder that names a package.module:callable to import and run it.
 
@@ -114,7 +115,7 @@ def resume(out: str | Path, *, deadline: float | None = None, trusted: bool = Fa
         UsageError: it was made from objects of a program, which has to be called again with resume=True.
     """
     folder = RunFolder(out).require()
-    config = refuse_code(resolve(folder.config), str(folder.path), trusted)
+    config = refuse_code(resolve(folder.config, overrides=overrides), str(folder.path), trusted)
     teachers = (config.teacher, config.standard_teacher, config.judge)
     if USER in (config.data.name, config.data.extra, config.model.name, *(t.name for t in teachers if t is not None)):
         raise UsageError(

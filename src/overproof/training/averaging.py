@@ -63,14 +63,21 @@ def measure_statistics(
                 _set(norm, momentum=None)
                 norm.get_buffer("num_batches_tracked").zero_()
             with fabric.autocast():
-                for batch in batches:
-                    objective(batch.to(fabric.device), progress, objective.phases[0])
+                for given in batches:
+                    batch, seen = given.to(fabric.device), _seen(norms)
+                    objective(batch, progress, objective.phases[0])
+                    if _seen(norms) == seen:
+                        student(batch.images)  # a stage in which the features stand still shows them nothing
         finally:
             for (norm, _), momentum in zip(norms, momenta, strict=True):
                 _set(norm, momentum=momentum)
         for norm, own in norms:
             for name in ("running_mean", "running_var"):
                 own.get_buffer(name).copy_(fabric.all_reduce(norm.get_buffer(name), reduce_op="mean"))
+
+
+def _seen(norms: list[tuple[nn.Module, nn.Module]]) -> int:
+    return sum(int(norm.get_buffer("num_batches_tracked")) for norm, _ in norms)
 
 
 def _tracks(module: nn.Module) -> bool:
