@@ -169,6 +169,21 @@ def test_bytes_become_floats_on_the_way() -> None:
         torch.testing.assert_close(batch.images, pixels.float() / 255, rtol=0, atol=0)
 
 
+def test_images_that_find_no_room_travel_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from overproof.data import DeviceLoader, ImageSet, loaders
+
+    whole = DeviceLoader(ImageSet(IMAGES, LABELS), 8, shuffle=True, seed=3)
+    monkeypatch.setattr(loaders, "_fits", lambda *_: False)
+    away = DeviceLoader(ImageSet(IMAGES, LABELS), 8, shuffle=True, seed=3, device="meta")
+    assert away.dataset.images.device.type == "cpu"
+    batches = list(away.batches(1))
+    assert [(batch.images.device.type, tuple(batch.images.shape)) for batch in batches] == [("meta", (8, 1, 8, 8))] * 3
+    away.device = torch.device("cpu")
+    for one, other in zip(whole.batches(1), away.batches(1), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.index, other.index)
+
+
 # Checkpoints
 
 

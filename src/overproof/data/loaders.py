@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from overproof import console
 from overproof.data.images import ImageSet
 from overproof.data.iterables import IterableLoader
 from overproof.data.order import Plan, generator_for
@@ -36,7 +37,8 @@ class DeviceLoader:
     gives exactly what `batches(e)` gives after k batches.
 
     Args:
-        dataset: the images; moved to the device once, as a whole.
+        dataset: the images; moved to the device once, as a whole, if they take no more than a third of what is free on an accelerator,
+            else batch by batch.
         batch_size: images per process and step.
         device: where the batches are made.
         shuffle: draw a new order in each epoch.
@@ -66,8 +68,8 @@ class DeviceLoader:
         self.plan = Plan(
             len(dataset), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
         )
-        self.dataset = dataset.to(device)
         self.device, self.augment, self.seed, self.rank = torch.device(device), augment, seed, rank
+        self.dataset = dataset.to(device) if _fits(dataset, self.device) else dataset.to("cpu")
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -76,11 +78,34 @@ class DeviceLoader:
         """The batches of `epoch`, beginning with batch number `start`."""
         data = self.dataset
         for number, chosen in self.plan.rows(epoch, start):
-            rows = chosen.to(self.device)
-            images, labels = to_float(data.images[rows]), data.labels[rows]
+            rows = chosen.to(data.images.device)
+            batch = Batch(data.images[rows], data.labels[rows], data.index[rows])
+            if rows.device != self.device:
+                batch = _pinned(batch).to(self.device, non_blocking=True)
+            images, labels = to_float(batch.images), batch.labels
             if self.augment is not None:
                 images, labels = self.augment(images, labels, generator_for("augment", self.seed, epoch, number, self.rank))
-            yield Batch(images, labels, data.index[rows])
+            yield Batch(images, labels, batch.index)
+
+
+def _fits(dataset: ImageSet, device: torch.device) -> bool:
+    """Whether the images find room on the device, beside what training needs there."""
+    images = dataset.images
+    if device.type != "cuda" or images.device == device:
+        return True
+    size, free = images.numel() * images.element_size(), torch.cuda.mem_get_info(device)[0]
+    if 3 * size <= free:
+        return True
+    console.note(
+        f"note: the images ({size / 2**30:.1f} GiB) stay in main memory, for {free / 2**30:.1f} GiB are free on the device."
+    )
+    return False
+
+
+def _pinned(batch: Batch) -> Batch:
+    if not torch.cuda.is_available():
+        return batch
+    return Batch(batch.images.pin_memory(), batch.labels.pin_memory(), batch.index.pin_memory())
 
 
 def make_loader(
