@@ -69,7 +69,8 @@ class DeviceLoader:
             len(dataset), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
         )
         self.device, self.augment, self.seed, self.rank = torch.device(device), augment, seed, rank
-        self.dataset = dataset.to(device) if _fits(dataset, self.device) else dataset.to("cpu")
+        self._stays = not _fits(dataset, self.device)
+        self.dataset = dataset if self._stays else dataset.to(device)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -80,7 +81,7 @@ class DeviceLoader:
         for number, chosen in self.plan.rows(epoch, start):
             rows = chosen.to(data.images.device)
             batch = Batch(data.images[rows], data.labels[rows], data.index[rows])
-            if rows.device != self.device:
+            if self._stays:
                 batch = _pinned(batch).to(self.device, non_blocking=True)
             images, labels = to_float(batch.images), batch.labels
             if self.augment is not None:
@@ -91,7 +92,7 @@ class DeviceLoader:
 def _fits(dataset: ImageSet, device: torch.device) -> bool:
     """Whether the images find room on the device, beside what training needs there."""
     images = dataset.images
-    if device.type != "cuda" or images.device == device:
+    if device.type != "cuda" or images.is_cuda:
         return True
     size, free = images.numel() * images.element_size(), torch.cuda.mem_get_info(device)[0]
     if 3 * size <= free:
