@@ -20,9 +20,11 @@ from overproof.report import write_report
 from overproof.report.explanation import explained, explanation_text, verdict
 from overproof.report.probes import robustness
 from overproof.report.reading import read_runs
+from overproof.run import reproduce
 from overproof.run.explaining import Subject, explain_runs, material_of, resemblance
 from overproof.run.recipes import read_recipe, run_recipe
 from overproof.run.reproduce import result_of
+from overproof.training.safety import Interrupted
 
 FEW = {"limit_train": 150, "limit_test": 60, "epochs": 2}
 BRIEF = [
@@ -337,22 +339,31 @@ teacher = { run = "@teacher", which = "last" }
 FIGURE = '[[figures]]\nname = "f"\nrun = "kd"\nevaluation = "test-last"\nagainst = "teacher"\n'
 
 
-def test_figures_of_recipes_by_probes(tmp_path: Path) -> None:
+def test_figures_of_recipes_by_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, figures = tmp_path / "r.toml", []
-    asked = {
+    quantities = {
         "accuracy": 'data = "color"',
         "consensus": "",
         "planes": "options = { planes = 2, side = 4 }",
         "fooled": "options = { eps = 0.5 }",
     }
-    for metric, more in asked.items():
+    for metric, more in quantities.items():
         figures.append(f'{FIGURE}metric = "{metric}"\n{more}\n')
     figures.append(f'{FIGURE}metric = "consensus"\nminus = "alone"\n')
     path.write_text(RECIPE + "\n".join(figures))
     recipe = read_recipe(path)
     assert recipe.config("alone", tmp_path, 3).seed == 10
     folders = run_recipe(recipe, tmp_path / "out")
-    found = result_of(recipe, folders)["figures"]
+    asked = tmp_path / "asked.json"
+    found = result_of(recipe, folders, kept=asked)["figures"]
+    with monkeypatch.context() as patched:
+        patched.setattr(reproduce, "resemblance", None)  # nobody is asked twice
+        assert result_of(recipe, folders, kept=asked)["figures"] == found
+        (tmp_path / "out" / "kd" / "weights" / "last.safetensors").touch()
+        with pytest.raises(TypeError):
+            result_of(recipe, folders, kept=asked)
+        with pytest.raises(Interrupted, match="between two figures"):
+            result_of(recipe, folders, kept=asked, deadline=0.0)
     values = [figure["mean"] for figure in found]
     model = overproof.load(tmp_path / "out" / "kd", "last")
     test = overproof.load_data("digits+rgb+color", limit_test=40).test

@@ -14,7 +14,7 @@ from overproof import console
 from overproof.config import RunConfig
 from overproof.data import Splits
 from overproof.errors import UnknownNameError
-from overproof.folder import RunFolder, write_json
+from overproof.folder import RunFolder, read_json, write_json
 from overproof.run.comparing import similarities
 from overproof.run.explaining import resemblance
 from overproof.run.grouping import losers
@@ -23,6 +23,8 @@ from overproof.run.recipes import PROBED, Figure, Recipe, read_recipe, recipes_h
 from overproof.run.results import write_results
 from overproof.run.seeds import figure_of, mean_and_error
 from overproof.training.safety import Interrupted
+
+ASKED = "asked.json"  # beside the runs of a recipe: what pairs of them were asked
 
 
 def available(home: Path | None = None) -> dict[str, Path]:
@@ -80,28 +82,46 @@ def _measure(recipe: Recipe, out: Path, results: Path, deadline: float | None) -
         return "unfinished"
     try:
         folders = run_recipe(recipe, out, deadline=deadline)
+        found = result_of(recipe, folders, kept=out / ASKED, deadline=deadline)
     except Interrupted as stop:
         if deadline is None or time.monotonic() < deadline:
             raise  # a person stopped it, not the clock
         console.note(f"{recipe.name}: {stop}")
         return "unfinished"
-    write_json(results / f"{recipe.name}.json", result_of(recipe, folders))
+    write_json(results / f"{recipe.name}.json", found)
     return "measured"
 
 
-def result_of(recipe: Recipe, folders: dict[int, dict[str, RunFolder]]) -> dict[str, Any]:
-    """The content of results/NAME.json."""
+def result_of(
+    recipe: Recipe, folders: dict[int, dict[str, RunFolder]], *, kept: Path | None = None, deadline: float | None = None
+) -> dict[str, Any]:
+    """The content of results/NAME.json.
+
+    Args:
+        recipe: with figures.
+        folders: its finished runs by seed and name.
+        kept: a file that keeps what pairs of runs were asked, so that the next call goes on there.
+        deadline: `time.monotonic()` at which to stop.
+
+    Raises:
+        Interrupted: by the deadline.
+    """
     first = next(iter(next(iter(folders.values())).values()))
     seen = {key: value for key, value in first.environment.items() if key not in ("command", "platform")}
     runs = {f"{name}/{seed}": folder for seed, named in folders.items() for name, folder in named.items()}
-    asked = Asked()
+    asked = Asked(kept, deadline)
+    with console.bar("measuring", len(recipe.figures)) as bar:
+        figures = []
+        for number, figure in enumerate(recipe.figures):
+            figures.append(_measured(figure, folders, asked))
+            bar.update(number + 1)
     return {
         "name": recipe.name,
         "title": recipe.about.title,
         "paper": recipe.about.paper,
         "notes": recipe.about.notes,
         "seeds": list(folders),
-        "figures": [_measured(figure, folders, asked) for figure in recipe.figures],
+        "figures": figures,
         "seconds": {name: folder.status.get("seconds") for name, folder in runs.items()},
         "environment": seen,
         "command": f"overproof reproduce {recipe.name}",
@@ -117,11 +137,17 @@ def _measured(figure: Figure, folders: dict[int, dict[str, RunFolder]], asked: A
 
 
 class Asked:
-    """What figures ask about runs and about pairs of runs: data are read once, and pairs are compared once."""
+    """What figures ask about runs and about pairs of runs: data are read once, and pairs are compared once.
 
-    def __init__(self) -> None:
+    Args:
+        kept: see `result_of`; answers about runs that have other weights by now are left alone.
+        deadline: see `result_of`.
+    """
+
+    def __init__(self, kept: Path | None = None, deadline: float | None = None) -> None:
+        self.kept, self.deadline = kept, deadline
         self._data: dict[str, Splits] = {}
-        self._alike: dict[tuple[Any, ...], dict[str, float]] = {}
+        self._alike: dict[str, dict[str, float]] = read_json(kept) if kept is not None and kept.exists() else {}
 
     def value(self, figure: Figure, run: str, named: dict[str, RunFolder]) -> float:
         """The figure of one run, and of the one it is held against, if any."""
@@ -140,9 +166,16 @@ class Asked:
         return found[metric]
 
     def _once(self, place: tuple[Any, ...], make: Callable[[], dict[str, float]]) -> dict[str, float]:
-        if place not in self._alike:
-            self._alike[place] = make()
-        return self._alike[place]
+        run, other, which = place[:3]
+        weights = [(path / "weights" / f"{which}.safetensors").stat().st_mtime_ns for path in (run, other)]
+        key = json.dumps([str(part) for part in (*place, *weights)])
+        if key not in self._alike:
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                raise Interrupted("Stopped between two figures.")
+            self._alike[key] = make()
+            if self.kept is not None:
+                write_json(self.kept, self._alike)
+        return self._alike[key]
 
     def _read(self, config: RunConfig) -> Splits:
         key = json.dumps(config.table()["data"])
