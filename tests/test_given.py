@@ -61,9 +61,10 @@ def test_options_of_named_things_are_refused_for_objects(options: dict[str, Any]
 
 def test_a_loader_brings_batches_of_its_own() -> None:
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)
-    for options in ({"batch_size": 4}, {"workers": 2}):
-        with pytest.raises(UsageError, match="the loader brings batches of its own"):
-            overproof.train(model(), loader, epochs=1, out="r", **options)
+    for data in (loader, list(loader)):
+        for options in ({"batch_size": 4}, {"workers": 2}):
+            with pytest.raises(UsageError, match="the loader brings batches of its own"):
+                overproof.train(model(), data, epochs=1, out="r", **options)
     overproof.train(model(), TensorDataset(IMAGES, LABELS), epochs=1, batch_size=4, workers=0, out="r")
 
 

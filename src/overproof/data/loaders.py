@@ -152,7 +152,7 @@ def make_loader(
         "rank": rank,
         "world_size": world_size,
     }
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
+    if _is_pair(data):
         data = ImageSet(data[0], data[1], classes=classes)
     if isinstance(data, ImageSet):
         return DeviceLoader(data, batch_size, shuffle=shuffle, drop_last=drop_last, **shared)
@@ -165,6 +165,15 @@ def make_loader(
         f"Batches cannot be made from {type(data).__name__}. Give an ImageSet, a Dataset of (image, label), a pair of "
         "tensors (images, labels), or an iterable of (images, labels) such as a DataLoader."
     )
+
+
+def brings_batches(data: Any) -> bool:
+    """Whether `make_loader` leaves the size of the batches to `data`."""
+    return not (_is_pair(data) or isinstance(data, ImageSet) or _is_map_style(data))
+
+
+def _is_pair(data: Any) -> bool:
+    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
 
 
 def _is_map_style(data: Any) -> bool:

@@ -70,7 +70,7 @@ def lambda_max(
         estimator, steps, tolerance, batch_statistics: see `Solver`.
 
     Returns:
-        (N,).
+        (N,); NaN where the gradient is not finite.
 
     Raises:
         UsageError: see `Solver`.
@@ -103,7 +103,7 @@ def spectrum(model: nn.Module, images: Tensor, *, batch_statistics: bool = False
         batch_statistics: allow BatchNorm in train mode, see `Tracer`.
 
     Returns:
-        (N, K - 1).
+        (N, K - 1); NaN where the gradient is not finite.
 
     Raises:
         UsageError: BatchNorm in train mode.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -108,15 +108,11 @@ class GACD(RobustObjective, FeatureObjective):
         attack_mode: AttackMode = "eval",
     ) -> None:
         super().__init__(student, teacher, norm=norm, eps=eps, step_size=step_size, steps=steps, attack_mode=attack_mode)
-        choices: dict[str, tuple[str, Any]] = {
-            "anchor": (anchor, Source),
-            "pairs": (pairs, Pairs),
-            "labels_on": (labels_on, Source),
-        }
-        choices |= {"sample_weight": (sample_weight, Trusted), "weight_on": (weight_on, Source)}
-        for name, (value, kind) in choices.items():
-            if value not in get_args(kind):
-                raise UsageError(f"gacd: {name}={value!r} is unknown; known are {', '.join(get_args(kind))}.")
+        sources = {"anchor": anchor, "labels_on": labels_on, "weight_on": weight_on}
+        for kind, given in ((Source, sources), (Pairs, {"pairs": pairs}), (Trusted, {"sample_weight": sample_weight})):
+            for name, value in given.items():
+                if value not in get_args(kind):
+                    raise UsageError(f"gacd: {name}={value!r} is unknown; known are {', '.join(get_args(kind))}.")
         if min(weight, ce_weight) < 0 or not 0 <= head_share < 1 or (head_share > 0 and ce_weight == 0):
             raise UsageError(
                 "gacd: needs weight, ce_weight >= 0 and head_share in [0, 1), and a last layer that is fitted needs ce_weight > 0; "

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from overproof.data import ImageSet, Splits
+from overproof.data import Splits
 from overproof.data.extra import classes_agree, few
+from overproof.data.loaders import brings_batches
 from overproof.errors import DataError, UsageError
 
 OF_SOURCES = ("long_tail", "attribute", "attribute_file")  # keys of [data] that only a source can serve
@@ -45,7 +46,7 @@ def refuse_idle(given: Mapping[str, Any], layer: Mapping[str, Any], network: Any
         )
     if given["data_options"]:
         raise UsageError(f"data_options={dict(given['data_options'])} belong to data with a name; these came as objects.")
-    walked = data is not None and not isinstance(data, Splits | ImageSet | tuple | list) and not hasattr(data, "__getitem__")
+    walked = data is not None and not isinstance(data, Splits) and brings_batches(data)
     if walked and (asked := [key for key in OF_BATCHES if key in layer["train"]]):
         raise UsageError(f"train.{asked[0]}: the loader brings batches of its own; say it there, or give the Dataset.")
 

@@ -77,7 +77,7 @@ def measure_statistics(
 
 
 def _seen(norms: list[tuple[nn.Module, nn.Module]]) -> int:
-    return sum(int(norm.get_buffer("num_batches_tracked")) for norm, _ in norms)
+    return int(torch.stack([norm.get_buffer("num_batches_tracked") for norm, _ in norms]).sum())
 
 
 def _tracks(module: nn.Module) -> bool:
