@@ -336,3 +336,10 @@ def test_every_entry_loads_and_takes_the_three_sizes() -> None:
 def test_same_seed_same_network() -> None:
     first, second = (torch.manual_seed(3) and create_model("resnet8", 10) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 28])
+def test_a_cnn_without_pooling_tells_places_apart(size: int) -> None:
+    pooled, placed = (create_model("cnn", 5, 1, size, widths=[2, 4, 6], pooled=pooled).eval() for pooled in (True, False))
+    assert (pooled.net.fc.in_features, placed.net.fc.in_features) == (6, 6 * ((size + 3) // 4) ** 2)
+    assert placed(torch.rand(3, 1, size, size)).shape == (3, 5)

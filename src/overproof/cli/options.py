@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,21 @@ def layer(**given: Any) -> dict[str, Any]:
         else:
             table[section] = value
     return table
+
+
+@contextmanager
+def shown(output: Path, as_json: bool, **options: str) -> Iterator[list[Any]]:
+    """A list for the folders of several runs, which are shown at the end; if some diverged, the others are."""
+    from overproof.run.in_a_row import DivergedError
+
+    folders: list[Any] = []
+    try:
+        yield folders
+    except DivergedError as error:
+        if error.done:
+            show_runs(error.done, output, as_json, **options)
+        raise
+    show_runs(folders, output, as_json, **options)
 
 
 def show_runs(folders: Sequence[Any], output: Path, as_json: bool, *, title: str = "Overproof", baseline: str = "") -> None:

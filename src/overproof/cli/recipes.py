@@ -8,7 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from overproof.cli.options import Json, Plugin, Seeds, Set, Trust, numbers, plugins, show, show_runs
+from overproof.cli.options import Json, Plugin, Seeds, Set, Trust, numbers, plugins, show, shown
+from overproof.errors import NonFiniteLossError
 
 
 def run(
@@ -32,9 +33,9 @@ def _run_recipe(
     from overproof.run.recipes import read_recipe, run_recipe
 
     recipe = read_recipe(path, overrides)
-    folders = run_recipe(recipe, out, seeds=numbers(seeds), overrides=overrides, trusted=trust)
-    flat = [folder for named in folders.values() for folder in named.values()]
-    show_runs(flat, out / "report.html", as_json, title=recipe.about.title, baseline=recipe.about.baseline)
+    with shown(out / "report.html", as_json, title=recipe.about.title, baseline=recipe.about.baseline) as done:
+        folders = run_recipe(recipe, out, seeds=numbers(seeds), overrides=overrides, trusted=trust)
+        done += [folder for named in folders.values() for folder in named.values()]
 
 
 def demo(*, out: Path = Path("runs/demo"), seeds: Seeds = "0", json_: Json = False) -> None:
@@ -65,3 +66,5 @@ def reproduce(
 
     states = measure(names, minutes=minutes, out=out, results=results, again=again)
     show(states, json_, "\n".join(f"{name}: {state}" for name, state in states.items()))
+    if lost := [name for name, state in states.items() if state == "diverged"]:
+        raise NonFiniteLossError(f"Training diverged in {', '.join(lost)}; what was not touched by it is kept.")

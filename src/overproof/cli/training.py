@@ -19,6 +19,7 @@ from overproof.cli.options import (
     numbers,
     plugins,
     show_runs,
+    shown,
 )
 
 
@@ -36,18 +37,18 @@ def _execute(
         weakest = refuse_code(resolve(weakest, given), str(config), trust).table()
     resolved = resolve(weakest, table, overrides=overrides)
     chosen = numbers(seeds)
-    if len(chosen) > 1:
-        from overproof.run.seeds import execute_seeds
+    with shown(out / "report.html", as_json) as folders:
+        if len(chosen) > 1:
+            from overproof.run.seeds import execute_seeds
 
-        folders = execute_seeds(resolved, out, chosen, trusted=trust)
-    else:
-        from overproof.run.execute import execute
-        from overproof.run.prepare import Parts
+            folders += execute_seeds(resolved, out, chosen, trusted=trust)
+        else:
+            from overproof.run.execute import execute
+            from overproof.run.prepare import Parts
 
-        if chosen:
-            resolved = resolve(resolved.table(), {"seed": chosen[0]})
-        folders = [execute(resolved, out, parts=Parts(trusted=trust)).folder]
-    show_runs(folders, out / "report.html", as_json)
+            if chosen:
+                resolved = resolve(resolved.table(), {"seed": chosen[0]})
+            folders.append(execute(resolved, out, parts=Parts(trusted=trust)).folder)
 
 
 def train(

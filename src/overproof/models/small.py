@@ -38,9 +38,17 @@ class MLP(Network):
 
 
 class CNN(Network):
-    """3x3 convolution, normalisation, ReLU per stage; every stage but the first halves the resolution."""
+    """3x3 convolution, normalisation, ReLU per stage; every stage but the first halves the resolution.
 
-    def __init__(self, classes: int, in_channels: int, *, widths: Sequence[int]) -> None:
+    Args:
+        classes: number of classes.
+        in_channels: channels of the images.
+        image_size: height and width of the images in pixels.
+        widths: channels of each stage.
+        pooled: whether the last maps are averaged before the linear layer, or else enter it place by place.
+    """
+
+    def __init__(self, classes: int, in_channels: int, image_size: int, *, widths: Sequence[int], pooled: bool) -> None:
         super().__init__()
         _positive("cnn", "widths", widths)
         if not widths:
@@ -50,7 +58,8 @@ class CNN(Network):
             conv = nn.Conv2d(inputs, width, 3, stride=2 if len(self.layers) else 1, padding=1, bias=False)
             self.layers.append(nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU()))
             inputs = width
-        self.fc = nn.Linear(inputs, classes)
+        self.pooled, side = pooled, -(-image_size // 2 ** (len(widths) - 1))
+        self.fc = nn.Linear(inputs if pooled else inputs * side**2, classes)
         self.stages = tuple(f"layers.{i}" for i in range(len(widths)))
         self.preact_stages = tuple(f"layers.{i}.2:input" for i in range(len(widths)))
         initialise(self)
@@ -60,7 +69,7 @@ class CNN(Network):
         maps = images
         for layer in self.layers:
             maps = layer(maps)
-        return self.fc(global_average(maps))  # type: ignore[no-any-return]
+        return self.fc(global_average(maps) if self.pooled else maps.flatten(1))  # type: ignore[no-any-return]
 
 
 class LeNet(Network):
@@ -139,9 +148,11 @@ def mlp(classes: int, in_channels: int, image_size: int, *, hidden: tuple[int, .
     return MLP(classes, in_channels * image_size**2, hidden=hidden)
 
 
-def cnn(classes: int, in_channels: int, image_size: int, *, widths: tuple[int, ...] = (16, 32, 64)) -> nn.Module:
-    """Plain convolutions with normalisation and ReLU; widths: channels of each stage."""
-    return CNN(classes, in_channels, widths=widths)
+def cnn(
+    classes: int, in_channels: int, image_size: int, *, widths: tuple[int, ...] = (16, 32, 64), pooled: bool = True
+) -> nn.Module:
+    """Plain convolutions with normalisation and ReLU; widths: channels of each stage; pooled: whether the last maps are averaged."""
+    return CNN(classes, in_channels, image_size, widths=widths, pooled=pooled)
 
 
 def lenet5(classes: int, in_channels: int, image_size: int) -> nn.Module:

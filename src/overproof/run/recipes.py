@@ -21,8 +21,8 @@ from overproof.config import RunConfig, merge, parse_override, resolve
 from overproof.errors import UnknownNameError, UsageError
 from overproof.evaluation.comparison import check_options
 from overproof.folder import RunFolder, read_toml
-from overproof.run.execute import execute
 from overproof.run.explaining import check_resemblance
+from overproof.run.in_a_row import REFERENCES, Row
 from overproof.run.launch import refuse_in_a_row
 from overproof.run.prepare import Parts, refuse_code
 from overproof.run.seeds import WITHIN, radius_of
@@ -140,7 +140,7 @@ def _check_references(recipe: Recipe, name: str, path: Path) -> None:
 
 def references(table: Mapping[str, Any]) -> dict[str, str]:
     """The runs of the same recipe that a run learns from or begins with, by section: `run = "@OTHER"` without its sign."""
-    found = {place: table.get(place, {}).get("run", "") for place in ("teacher", "standard_teacher", "model", "judge")}
+    found = {place: table.get(place, {}).get("run", "") for place in REFERENCES}
     return {place: run[1:] for place, run in found.items() if run.startswith("@")}
 
 
@@ -160,6 +160,7 @@ def run_recipe(
 
     Raises:
         UsageError: several runs over several devices without torchrun.
+        DivergedError: training diverged in some of them; the others are done.
     """
     seeds, overrides = tuple(seeds) or tuple(recipe.about.seeds), tuple(overrides)
     for text in overrides:
@@ -174,12 +175,13 @@ def run_recipe(
     ]
     refuse_in_a_row((config, folder) for _, _, folder, config in planned)
     folders: dict[int, dict[str, RunFolder]] = {}
+    row = Row()
     for seed, name, folder, config in planned:
         folders.setdefault(seed, {})[name] = folder
-        known = folder.exists
-        if not (known and folder.status.get("state") == "done"):
-            console.note(f"{'resuming' if known else 'running'} {name}, seed {seed} -> {folder.path}")
-        execute(config, folder.path, parts=Parts(trusted=trusted), resume=known, deadline=deadline)
+        if not (folder.exists and folder.status.get("state") == "done"):
+            console.note(f"{'resuming' if folder.exists else 'running'} {name}, seed {seed} -> {folder.path}")
+        row.execute(config, folder, parts=Parts(trusted=trusted), deadline=deadline)
+    row.finish()
     return folders
 
 

@@ -18,6 +18,7 @@ from overproof.folder import RunFolder, read_json, write_json
 from overproof.run.comparing import similarities
 from overproof.run.explaining import resemblance
 from overproof.run.grouping import losers
+from overproof.run.in_a_row import DivergedError
 from overproof.run.prepare import data_of
 from overproof.run.recipes import PROBED, Figure, Recipe, read_recipe, recipes_home, run_recipe
 from overproof.run.results import write_results
@@ -53,7 +54,7 @@ def reproduce(
         again: also those that have results.
 
     Returns:
-        By recipe: "measured", "known", "unfinished" or "needs a GPU".
+        By recipe: "measured", "known", "unfinished", "diverged" or "needs a GPU".
 
     Raises:
         UnknownNameError: no such recipe.
@@ -88,6 +89,9 @@ def _measure(recipe: Recipe, out: Path, results: Path, deadline: float | None) -
             raise  # a person stopped it, not the clock
         console.note(f"{recipe.name}: {stop}")
         return "unfinished"
+    except DivergedError as error:
+        console.note(f"{recipe.name}: {error}")
+        return "diverged"
     write_json(results / f"{recipe.name}.json", found)
     return "measured"
 

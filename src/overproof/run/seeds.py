@@ -14,7 +14,7 @@ from overproof.config import RunConfig, resolve
 from overproof.errors import UnknownNameError, UsageError
 from overproof.folder import RunFolder
 from overproof.registry import convert
-from overproof.run.execute import execute
+from overproof.run.in_a_row import Row
 from overproof.run.launch import refuse_in_a_row
 from overproof.run.prepare import Parts
 
@@ -26,13 +26,15 @@ def execute_seeds(config: RunConfig, out: str | Path, seeds: Sequence[int], *, t
 
     Raises:
         UsageError: over several devices without torchrun.
+        DivergedError: training diverged with some of them; the others are done.
     """
     folders = [RunFolder(Path(out) / f"seed-{seed}") for seed in seeds]
     refuse_in_a_row((config, folder) for folder in folders)
-    table = config.table()
+    table, row = config.table(), Row()
     for seed, folder in zip(seeds, folders, strict=True):
         console.note(f"seed {seed} -> {folder.path}")
-        execute(resolve({**table, "seed": seed}), folder.path, parts=Parts(trusted=trusted), resume=folder.exists)
+        row.execute(resolve({**table, "seed": seed}), folder, parts=Parts(trusted=trusted))
+    row.finish()
     return folders
 
 
