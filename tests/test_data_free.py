@@ -21,9 +21,10 @@ from overproof.attacks.base import logits_of
 from overproof.config import resolve
 from overproof.data import ImageSet, NoImages, Splits, load_data, load_extra
 from overproof.errors import DataError, FolderError, UsageError
-from overproof.losses.synthesis import absolute_difference, imbalance, squared_difference, statistics_gap
+from overproof.losses.synthesis import absolute_difference, batch_statistics, imbalance, squared_difference, statistics_gap
 from overproof.methods.dafl import DAFL
-from overproof.methods.data_free_parts import Game, Pool, Source, figures
+from overproof.methods.data_free_parts import Game, Source, figures
+from overproof.methods.data_free_pool import Pool
 from overproof.methods.dfad import DFAD
 from overproof.methods.dfq import DFQ
 from overproof.methods.zskt import ZSKT
@@ -186,11 +187,11 @@ def test_statistics_gap_is_the_distance_of_means_and_biased_variances() -> None:
     torch.manual_seed(0)
     inputs, mean, var = torch.randn(3, 2, 4, 4).double(), torch.randn(2).double(), torch.rand(2).double()
     m, v = inputs.mean((0, 2, 3)), inputs.var((0, 2, 3), correction=0)
-    torch.testing.assert_close(statistics_gap(inputs, mean, var), (m - mean).norm() + (v - var).norm())
-    assert float(statistics_gap(inputs, m, v)) == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(statistics_gap(batch_statistics(inputs), mean, var), (m - mean).norm() + (v - var).norm())
+    assert float(statistics_gap(batch_statistics(inputs), m, v)) == pytest.approx(0, abs=1e-12)
     vectors = inputs.flatten(1)
     gap = (vectors.mean(0) - 1).norm() + (vectors.var(0, correction=0) - 1).norm()
-    torch.testing.assert_close(statistics_gap(vectors, torch.ones(32).double(), torch.ones(32).double()), gap)
+    torch.testing.assert_close(statistics_gap(batch_statistics(vectors), torch.ones(32).double(), torch.ones(32).double()), gap)
 
 
 def test_the_generators_terms_are_the_formulas() -> None:

@@ -19,7 +19,7 @@ def none() -> Parts:
         DataError: always; a method without data does not come here.
     """
     raise DataError(
-        "The data set 'none' holds no images: only methods with the tag data-free (dfad, zskt, dafl, dfq) train on it. Name a set with "
+        "The data set 'none' holds no images: only methods with the tag data-free (dfad, zskt, dafl, dfq, fast-dfkd) train on it. Name a set with "
         "--data, also to evaluate what they have made."
     )
 

@@ -38,15 +38,30 @@ def imbalance(logits: Tensor) -> Tensor:
     return (log_mean.exp() * log_mean).sum()
 
 
-def statistics_gap(inputs: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Distance of a batch's statistics from those that a normalisation has kept, ||mean_B - mean||_2 + ||var_B - var||_2, 0-d.
+def batch_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, both (C,), of what a normalisation receives, (N, C) or (N, C, H, W)."""
+    var, mean = torch.var_mean(inputs.transpose(0, 1).flatten(1), dim=1, correction=0)
+    return mean, var
+
+
+def statistics_gap(own: tuple[Tensor, Tensor], mean: Tensor, var: Tensor) -> Tensor:
+    """Distance of statistics from those that a normalisation has kept, ||own mean - mean||_2 + ||own var - var||_2, 0-d.
 
     Args:
-        inputs: what the normalisation receives, (N, C) or (N, C, H, W).
+        own: of a batch, see `batch_statistics`.
         mean: running mean (C,).
-        var: running variance (C,); the batch's is the biased one.
+        var: running variance (C,).
     """
-    values = inputs.transpose(0, 1).flatten(1)
-    own_var, own_mean = torch.var_mean(values, dim=1, correction=0)
-    gap: Tensor = torch.linalg.vector_norm(own_mean - mean) + torch.linalg.vector_norm(own_var - var)
+    gap: Tensor = torch.linalg.vector_norm(own[0] - mean) + torch.linalg.vector_norm(own[1] - var)
     return gap
+
+
+def relative_discrepancy(target: Tensor, logits: Tensor) -> Tensor:
+    """mean |s - t| / mean |t|, 0-d, of logits (N, K) without their mean over the classes, which no probability depends on."""
+    t, s = (z - z.mean(dim=1, keepdim=True) for z in (in_full(target.detach()), in_full(logits.detach())))
+    return (s - t).abs().mean() / t.abs().mean().clamp_min(1e-12)
+
+
+def in_full(values: Tensor) -> Tensor:
+    """Distances of half-precision logits are taken in float32."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -12,8 +12,9 @@ from overproof.errors import UsageError
 from overproof.features import Tap
 from overproof.folding import Follower
 from overproof.losses.divergences import cross_entropy
-from overproof.losses.synthesis import imbalance, statistics_gap
-from overproof.methods.data_free_parts import DISTANCES, Game, Pool, Source, figures, normalisations, watched_layers
+from overproof.losses.synthesis import batch_statistics, imbalance, in_full, relative_discrepancy, statistics_gap
+from overproof.methods.data_free_parts import DISTANCES, Game, Source, figures, normalisations, watched_layers
+from overproof.methods.data_free_pool import Pool
 from overproof.methods.objective import Objective
 from overproof.models.generators import Generator
 from overproof.networks import frozen, in_mode
@@ -104,8 +105,8 @@ class DataFree(Objective):
             return self._gradient_at_hand()
         images, target = self._material(count)
         logits = self.student(images)
-        distance = DISTANCES[self.game.criterion](_full(target), _full(logits)).mean()
-        logs = {"relative discrepancy": _relative(target, logits)}
+        distance = DISTANCES[self.game.criterion](in_full(target), in_full(logits)).mean()
+        logs = {"relative discrepancy": relative_discrepancy(target, logits)}
         if self.source.images != "generated":
             logs |= figures(images, target)
         return Output({"imitation": distance}, logits, logs, labels=target.argmax(dim=1))
@@ -120,7 +121,7 @@ class DataFree(Objective):
         if self.pool is None or again is None:
             return fresh, target
         self.pool.keep(fresh, target)
-        return torch.cat([fresh, again[0]]), torch.cat([_full(target), again[1].to(_full(target))])
+        return torch.cat([fresh, again[0]]), torch.cat([in_full(target), again[1].to(in_full(target))])
 
     def _generation(self, count: int) -> Output:
         images = self.generator(self.generator.draw(count))
@@ -135,7 +136,7 @@ class DataFree(Objective):
             else:
                 with frozen(self.student):
                     logits = self.student(images)
-        distance = DISTANCES[self.game.criterion](_full(target), _full(logits)).mean()
+        distance = DISTANCES[self.game.criterion](in_full(target), in_full(logits)).mean()
         terms["adversarial"] = -self.game.adversarial * (distance.log1p() if self.game.log_form else distance)
         if self.game.shared:
             terms = self._split(terms, images, distance, logits, target)
@@ -143,17 +144,17 @@ class DataFree(Objective):
 
     def _requests(self, target: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is asked of the images beside being hard, by name."""
-        game, logits = self.game, _full(target)
+        game, logits = self.game, in_full(target)
         terms: dict[str, Tensor] = {}
         if game.onehot:
             terms["one-hot"] = game.onehot * cross_entropy(logits, logits.argmax(dim=1)).mean()
         if game.balance:
             terms["balance"] = game.balance * imbalance(logits)
         if game.statistics:
-            gaps = [statistics_gap(_full(seen[name]), *known) for name, known in self._known()]
+            gaps = [statistics_gap(batch_statistics(in_full(seen[name])), *known) for name, known in self._known()]
             terms["statistics"] = game.statistics * torch.stack(gaps).sum()
         if game.activation:
-            terms["activation"] = -game.activation * _full(list(seen.values())[-1]).abs().mean()
+            terms["activation"] = -game.activation * in_full(list(seen.values())[-1]).abs().mean()
         return terms
 
     def _known(self) -> list[tuple[str, tuple[Tensor, Tensor]]]:
@@ -184,7 +185,7 @@ class DataFree(Objective):
         (gradients, distance, logits, target), self._ahead = self._ahead, None
         weights = [p for p in self.student.parameters() if p.requires_grad]
         path = torch.stack([(w * g).sum() for w, g in zip(weights, gradients, strict=True)]).sum()
-        logs = {"relative discrepancy": _relative(target, logits)}
+        logs = {"relative discrepancy": relative_discrepancy(target, logits)}
         return Output({"imitation": distance + path - path.detach()}, logits, logs, labels=target.argmax(dim=1))
 
     def _inspect(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -222,14 +223,3 @@ class DataFree(Objective):
                 f"vary by {diversity:.1%} of all their variation. Take a smaller generator_lr, or add method.balance=1."
             )
         return found
-
-
-def _full(values: Tensor) -> Tensor:
-    """Distances of half-precision logits are taken in float32."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def _relative(target: Tensor, logits: Tensor) -> Tensor:
-    """mean |s - t| / mean |t|, of logits without their mean over the classes, which no probability depends on."""
-    t, s = (z - z.mean(dim=1, keepdim=True) for z in (_full(target.detach()), _full(logits.detach())))
-    return (s - t).abs().mean() / t.abs().mean().clamp_min(1e-12)

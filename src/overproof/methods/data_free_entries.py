@@ -33,4 +33,11 @@ WITHOUT_DATA: dict[str, dict[str, Any]] = {
         "url": "https://arxiv.org/abs/2005.04136",
         "tags": ("distillation", "data-free"),
     },
+    "fast-dfkd": {
+        "target": "overproof.methods.fast_dfkd:FastDFKD",
+        "summary": "Without data, quickly: a generator that has learned where to begin fills a pool of images in a few steps a batch.",
+        "paper": "Fang et al.: Up to 100x Faster Data-free Knowledge Distillation, AAAI 2022",
+        "url": "https://arxiv.org/abs/2112.06253",
+        "tags": ("distillation", "data-free"),
+    },
 }

@@ -18,7 +18,6 @@ from overproof.losses.synthesis import absolute_difference, squared_difference
 from overproof.methods.feature_probe import ImageShape, sample_images
 from overproof.models.classifier import Normalize
 from overproof.models.generators import Generator, Head, make_generator
-from overproof.networks import device_of, in_mode
 
 Criterion = Literal["l1", "mse", "kl"]
 Images = Literal["generated", "untrained", "noise"]
@@ -165,42 +164,6 @@ def _scales(teacher: nn.Module, mean: Scale, std: Scale, *, channels: int) -> tu
             raise UsageError(f"{name}={given}: give a number, or one for each of the {channels} channels; std above 0.")
         found.append(values)
     return found[0], found[1]
-
-
-class Pool(nn.Module):
-    """Earlier images with the teacher's logits; when it is full, the oldest make room.
-
-    Args:
-        size: number of images.
-        shape: of an image.
-        teacher: tells how many classes there are.
-    """
-
-    images: Tensor
-    logits: Tensor
-    used: Tensor
-
-    def __init__(self, size: int, shape: tuple[int, ...], teacher: nn.Module) -> None:
-        super().__init__()
-        kind = next((p.dtype for p in teacher.parameters()), torch.float32)
-        with in_mode(teacher), torch.no_grad():
-            classes = teacher(torch.zeros(1, *shape, dtype=kind, device=device_of(teacher))).shape[1]
-        self.register_buffer("images", torch.zeros(size, *shape))
-        self.register_buffer("logits", torch.zeros(size, classes))
-        self.register_buffer("used", torch.zeros((), dtype=torch.long))
-
-    def recall(self, count: int) -> tuple[Tensor, Tensor]:
-        """`count` of the images at random with their logits; fewer as long as there are not so many."""
-        filled = min(int(self.used), len(self.images))
-        rows = torch.randint(max(filled, 1), (min(count, filled),), device=self.images.device)
-        return self.images[rows], self.logits[rows]
-
-    def keep(self, images: Tensor, logits: Tensor) -> None:
-        """Take in new ones."""
-        images, logits = images[-len(self.images) :], logits[-len(self.images) :]
-        places = (self.used + torch.arange(len(images), device=images.device)) % len(self.images)
-        self.images[places], self.logits[places] = images.to(self.images.dtype), logits.to(self.logits.dtype)
-        self.used += len(images)
 
 
 def normalisations(teacher: nn.Module) -> dict[str, nn.Module]:
