@@ -28,7 +28,7 @@ from overproof.methods.data_free_pool import Pool
 from overproof.methods.dfad import DFAD
 from overproof.methods.dfq import DFQ
 from overproof.methods.zskt import ZSKT
-from overproof.models import Classifier, create_model
+from overproof.models import Classifier, Normalize, create_model
 from overproof.models.blocks import Doubling
 from overproof.models.generators import critic, dcgan, make_generator, mlp_critic, upsampling
 from overproof.models.sampling import grid, load_generator, rebuild_generator, sample, save_generator
@@ -781,3 +781,88 @@ def test_small_batches_of_the_contract_are_only_counted() -> None:
     first = objective(blank(8), NOW, "student").losses["imitation"]
     torch.manual_seed(3)
     assert torch.equal(first, objective(small_batch(8), NOW, "student").losses["imitation"])
+
+
+# What fresh eyes found
+
+
+def test_concerns_do_not_depend_on_where_a_run_was_cut(tmp_path: Path, teacher_run: Path) -> None:
+    """One turn of the student and a rate far too large: it diverges, and says so in the same epochs."""
+    how = {**TINY, **STUDENT, "method": "dfad", "student_steps": 1, "epochs": 3, "lr": 2.0, "generator_lr": 0.05}
+    whole = overproof.distill("cnn", teacher_run, None, out=tmp_path / "whole", **how)
+    config = resolve(whole.folder.config)
+    with pytest.raises(Interrupted):
+        execute(config, tmp_path / "cut", deadline=time.monotonic())
+    resume(tmp_path / "cut")
+    records = [(tmp_path / part / "metrics.jsonl").read_text().splitlines() for part in ("whole", "cut")]
+    found = [[json.loads(line).get("concerns") for line in lines] for lines in records]
+    assert found[0] == found[1]
+    assert any(found[0]), "nothing was said at all"
+
+
+def test_the_first_epoch_has_none_before_it() -> None:
+    told = game(small_model(0), small_model(1)).concerns({"relative discrepancy": 1.13})["divergence"]
+    assert "1.13 times" in told
+    assert "ago" not in told
+
+
+def test_labels_of_a_network_for_other_images_are_refused(tmp_path: Path, teacher_run: Path) -> None:
+    generator = make_generator("upsampling", 4, (1, 16, 16), width=4, head="sigmoid")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "config.toml").write_text('verb = "distill"\n')
+    save_generator(generator, tmp_path / "made", "generator")
+    with pytest.raises(
+        UsageError, match=r"cannot name the classes of .*made's images of shape \(1, 16, 16\).*built for 8 pixels"
+    ):
+        generating.generated(str(tmp_path / "made"), count=4, labels=str(teacher_run))
+
+
+def test_a_normalisation_that_no_image_passes_is_no_loss() -> None:
+    teacher = small_model(1).double().eval()
+    teacher.add_module("spare", nn.BatchNorm2d(2).double())
+    whole = teacher.forward
+    teacher.forward = lambda images: nn.Sequential(*list(teacher.children())[:-1])(images)  # type: ignore[method-assign]
+    objective = game(small_model(0).double(), teacher, statistics=1.0)
+    assert "spare" not in objective.normalisations
+    assert "statistics" in turn(objective, "generator").losses
+    teacher.forward = whole  # type: ignore[method-assign]
+
+
+def test_a_normalisation_inside_of_the_teacher_is_found() -> None:
+    teacher = nn.Sequential(Normalize(0.1, 0.2), nn.Flatten(), nn.Linear(64, 3))
+    source = Source(**SMALL).build(flat().float(), teacher)
+    assert (float(source.shift), float(source.scale)) == pytest.approx((0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"student_mode": "evl"}, "eval"),
+        ({"images": "nois"}, "noise"),
+        ({"criterion": "l2"}, "l1"),
+        ({"onehot": float("nan")}, "onehot"),
+    ],
+)
+def test_misspelt_rules_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        game(flat(), flat(seed=1), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"law": "unifrom"}, "uniform"), ({"width": 0}, "width=0"), ({"depth": 0}, "depth=0")]
+)
+def test_generators_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_generator("mlp", 2, (2,), **options)
+
+
+def test_does_robustness_survive_without_data(tmp_path: Path, digits: Splits) -> None:
+    """A student of a robust teacher is attacked like any other, with best and with last weights."""
+    attack = {"evaluation": {"attacks": {"fgsm": {"attack": "fgsm", "eps": 0.1}}, "curve": []}}
+    teacher = tmp_path / "robust"
+    overproof.train(
+        "cnn", "digits", method="pgd-at", eps=0.1, steps=2, model_options={"widths": (8, 16)}, epochs=1, out=teacher
+    )
+    run = overproof.distill("cnn", teacher, "digits", method="dfad", out=tmp_path / "run", **TINY, **STUDENT, **attack)
+    for name in ("test-best", "test-last"):
+        assert 0 <= run.folder.evaluations[name]["attacks"]["fgsm"]["robust"] <= run.folder.evaluations[name]["clean"]

@@ -670,3 +670,20 @@ def test_divergence_is_an_error() -> None:
     nn.init.constant_(opponent[0].bias, math.nan)
     with pytest.raises(NonFiniteLossError, match="training has diverged"):
         one.generation(real(12), stream())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(2, 4)), nn.ReLU(), nn.Linear(4, 2)),
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 4)), nn.ReLU(), nn.Linear(4, 2)),
+        nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (2, 2)), nn.Linear(2, 1), nn.Flatten()),
+    ],
+)
+def test_only_plain_matrices_are_stacked(network: nn.Sequential) -> None:
+    species = Species(network, Adam(lr=1e-3, betas=(0.5, 0.999)))
+    individuals = [species.individual(network) for _ in range(2)]
+    noise = torch.randn(5, 2)
+    for made in species.all_images(individuals, noise):
+        assert made.images is not None
+        torch.testing.assert_close(made.images, network(noise).detach(), atol=1e-5, rtol=1e-4)

@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import overproof
 from overproof import console
 from overproof.cli import call
 from overproof.config import resolve
+from overproof.data import ImageSet, Splits
 from overproof.data.toys import TOYS, lattice, ring
 from overproof.errors import FolderError, NonFiniteLossError, OverproofError, UnknownNameError, UsageError
 from overproof.evaluation import generative
@@ -455,8 +457,16 @@ def test_images_that_cannot_be_made_or_are_too_few() -> None:
         overproof.evolve(torch.rand(11, 1, 8, 8), out="r", **SMALL)
     with pytest.raises(UsageError, match="batch_size=1 images, judged by 8, and a network that normalises over its batch"):
         overproof.evolve(torch.rand(60, 1, 16, 16), out="r", **{**SMALL, "batch_size": 1})
-    with pytest.raises(UsageError, match="have no length"):
-        overproof.evolve(iter([torch.rand(4, 1, 8, 8)]), out="r", **SMALL)
+    batches = DataLoader(TensorDataset(torch.rand(60, 1, 8, 8), torch.zeros(60, dtype=torch.long)), batch_size=10)
+    for given in (iter([torch.rand(4, 1, 8, 8)]), batches):
+        with pytest.raises(UsageError, match="brings batches of its own or has no length"):
+            overproof.evolve(given, out="r", **SMALL)
+
+
+def test_images_without_a_test_part_are_compared_with_themselves(tmp_path: Path) -> None:
+    own = ImageSet(torch.rand(60, 1, 8, 8, generator=stream()), torch.zeros(60, dtype=torch.long), classes=1)
+    run = overproof.evolve(Splits(own, None, None), out=tmp_path / "r", **SMALL)
+    assert "training images" in json.dumps(run.folder.samples)
 
 
 def test_judges_that_do_not_fit() -> None:
@@ -509,3 +519,10 @@ def test_samples_come_nearer_to_the_law() -> None:
         assert min(share for name, share in late["selected"].items() if name in ("crossover", "least-squares")) > 0
     assert all(late < early for late, early in zip(ended, begun, strict=True))
     assert sum(ended) < 0.3 * sum(begun)  # measured: 0.19; one seed in three happens to begin near the law
+
+
+def test_the_report_counts_generations(tmp_path: Path) -> None:
+    run = overproof.evolve("8-gaussians", out=tmp_path / "r", **TOY)
+    page = overproof.write_report([run.path]).read_text("utf-8")
+    assert "over generations, a line" in page
+    assert "over epochs, a line" not in page

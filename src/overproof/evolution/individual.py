@@ -83,7 +83,8 @@ class Species:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.coupled = coupled(network)
         layers = list(network.children())
-        self.dense = isinstance(network, nn.Sequential) and len(layers) == len(network) and all(map(_is_dense, layers))
+        inner = layers[:-1] if layers and isinstance(layers[-1], nn.Unflatten) else layers
+        self.dense = isinstance(network, nn.Sequential) and len(layers) == len(network) and all(map(_is_dense, inner))
 
     def individual(self, network: nn.Module) -> Individual:
         """`network` as an individual, with a fresh optimiser."""
@@ -155,6 +156,6 @@ def per_sample(factors: Tensor, like: Tensor) -> Tensor:
 
 def _is_dense(layer: nn.Module) -> bool:
     """Whether the layer is a matrix with a bias, or treats every image alone and has no weights."""
-    if isinstance(layer, nn.Linear):
-        return layer.bias is not None
-    return isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.Tanh | nn.Sigmoid | nn.Unflatten)
+    if type(layer) is nn.Linear:  # parametrised ones, such as those of spectral_norm, have a class of their own
+        return layer.bias is not None and set(dict(layer.named_parameters())) == {"weight", "bias"}
+    return isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.Tanh | nn.Sigmoid)

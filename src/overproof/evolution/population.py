@@ -87,7 +87,9 @@ class Evolution:
         """
         settings = self.settings
         if len(real) != settings.real:
-            raise UsageError(f"A generation takes {settings.real} real images, not {len(real)}.")
+            raise UsageError(
+                f"A generation takes {settings.real} real images, not {len(real)}: give as many (`settings.real`)."
+            )
         learned, compared = real[: settings.learned], real[settings.learned :]
         fitness = FITNESS[settings.fitness](settings, self.critic, compared, stream)
         pool = self.breed(learned, fitness, stream)

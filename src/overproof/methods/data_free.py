@@ -20,8 +20,8 @@ from overproof.models.generators import Generator
 from overproof.networks import frozen, in_mode
 from overproof.types import Batch, Output, Progress
 
-LOST = 0.7  # relative discrepancy of a student that does not follow
-CONSTANT, BETTER = 1.0, 0.97  # what constant answers reach; an epoch that gets no further than this share of the one before
+LOST, CONSTANT = 0.7, 1.0  # relative discrepancy of a student that does not follow; and of constant answers
+BETTER = 0.97  # an epoch that gets no further than this share of the one before
 
 
 class DataFree(Objective):
@@ -49,6 +49,7 @@ class DataFree(Objective):
     """
 
     phases = ("student", "generator")
+    before: Tensor
 
     def __init__(self, student: nn.Module, teacher: nn.Module, *, game: Game, source: Source) -> None:
         super().__init__(student, teacher)
@@ -56,12 +57,12 @@ class DataFree(Objective):
             raise UsageError(f"shared=true needs a generator that learns, but images={source.images!r}: drop one of them.")
         self.game, self.source = game, source
         self.generator = source.build(student, teacher)
-        self.normalisations = normalisations(teacher) if game.statistics else {}
+        self.normalisations = normalisations(teacher, self.generator.shape) if game.statistics else {}
         self.pool = Pool(game.pool, self.generator.shape, teacher) if game.replay else None
         self._copy = Follower(frozen=True)
         self._tap: tuple[Tap] | None = None
         self._ahead: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = None
-        self._before = CONSTANT / BETTER  # relative discrepancy of the epoch before; constant answers reach 1
+        self.register_buffer("before", torch.tensor(-1.0))  # relative discrepancy of the epoch before; below 0: none
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -209,13 +210,16 @@ class DataFree(Objective):
 
     def concerns(self, means: Mapping[str, float]) -> dict[str, str]:
         """A student that diverges, and a generator that has collapsed, with the quantity that says so."""
-        found, relative, before = {}, means.get("relative discrepancy", 0.0), self._before
+        found, relative, before = {}, means.get("relative discrepancy", 0.0), float(self.before)
         share, diversity = means.get("fakes/largest class", 0.0), means.get("fakes/diversity", 1.0)
-        self._before = means.get("relative discrepancy", before)
-        if relative > max(LOST, BETTER * before):  # and no better than in the epoch before: a beginner gets better
+        self.before.fill_(means.get("relative discrepancy", before))
+        first = before < 0
+        # No better than in the epoch before, because a beginner gets better; in the first, worse than constant answers.
+        if relative > (CONSTANT if first else max(LOST, BETTER * before)):
+            ago = "" if first else f"{before:.2f} an epoch ago; "
             found["divergence"] = (
                 f"the student diverges: on the images that it learns from its logits are wrong by {relative:.2f} times the size of the "
-                f"teacher's ({before:.2f} an epoch ago; constant answers reach 1). Take more student_steps, or a smaller train.lr or generator_lr."
+                f"teacher's ({ago}constant answers reach 1). Take more student_steps, or a smaller train.lr or generator_lr."
             )
         if self.source.images == "generated" and (share > 0.9 or diversity < 0.05):
             found["collapse"] = (

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from overproof.errors import UsageError
+from overproof.errors import UnknownNameError, UsageError
 from overproof.features import penultimate
 from overproof.losses.divergences import kl_divergence
 from overproof.losses.synthesis import absolute_difference, squared_difference
+from overproof.methods.data_free_pool import said_of_black
 from overproof.methods.feature_probe import ImageShape, sample_images
-from overproof.models.classifier import Normalize
+from overproof.models.classifier import normalisation_of
 from overproof.models.generators import Generator, Head, make_generator
 
 Criterion = Literal["l1", "mse", "kl"]
@@ -66,9 +67,10 @@ class Game:
     pool: int = 2048
 
     def __post_init__(self) -> None:
+        _among(self, criterion=Criterion, student_mode=Mode)
         names = ("adversarial", "onehot", "balance", "statistics", "activation")
         weights = {name: getattr(self, name) for name in names}
-        if min(weights.values()) < 0 or not any(weights.values()):
+        if not all(value >= 0 for value in weights.values()) or not any(weights.values()):
             raise UsageError(
                 f"The generator looks for nothing: of its weights {weights} none may be below 0, and not all of them 0."
             )
@@ -114,6 +116,7 @@ class Source:
     image_shape: ImageShape | None = None
 
     def __post_init__(self) -> None:
+        _among(self, images=Images, generator=Made)
         if not (self.lr > 0 and all(0 <= beta < 1 for beta in self.betas)):
             raise UsageError(f"generator_lr={self.lr} must be above 0, and generator_betas={self.betas} in [0, 1).")
         if self.width < 1 or self.latent < 1:
@@ -150,11 +153,17 @@ class Source:
         return make_generator(self.generator, self.latent, tuple(shape), **how)  # type: ignore[arg-type]
 
 
+def _among(rules: Game | Source, **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        if (value := getattr(rules, name)) not in get_args(kind):
+            raise UnknownNameError(name, str(value), get_args(kind))
+
+
 def _scales(teacher: nn.Module, mean: Scale, std: Scale, *, channels: int) -> tuple[list[float], list[float]]:
     """What the teacher subtracts from pixels and divides them by, per channel."""
-    first = getattr(teacher, "normalize", None)
+    first = normalisation_of(teacher)
     known: dict[str, list[float]] = {"mean": [0.5], "std": [0.25]}
-    if isinstance(first, Normalize) and (bool(first.mean.any()) or bool((first.std != 1).any())):
+    if first is not None and (bool(first.mean.any()) or bool((first.std != 1).any())):
         known = {"mean": first.mean.flatten().tolist(), "std": first.std.flatten().tolist()}
     found = []
     for name, given in (("mean", mean), ("std", std)):
@@ -166,15 +175,21 @@ def _scales(teacher: nn.Module, mean: Scale, std: Scale, *, channels: int) -> tu
     return found[0], found[1]
 
 
-def normalisations(teacher: nn.Module) -> dict[str, nn.Module]:
-    """The teacher's layers that remember statistics of the training images, by name.
+def normalisations(teacher: nn.Module, shape: tuple[int, ...]) -> dict[str, nn.Module]:
+    """The teacher's layers that remember statistics of the training images and that images of `shape` pass, by name.
 
     Raises:
         UsageError: it has none.
     """
-    found: dict[str, nn.Module] = {
+    known: dict[str, nn.Module] = {
         n: m for n, m in teacher.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
     }
+    passed: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda module, *_: passed.add(module)) for m in known.values()]
+    said_of_black(teacher, shape)
+    for hook in hooks:
+        hook.remove()
+    found = {name: module for name, module in known.items() if module in passed}
     if not found:
         kind = type(getattr(teacher, "net", teacher)).__name__
         raise UsageError(

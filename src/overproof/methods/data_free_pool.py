@@ -23,9 +23,7 @@ class Pool(nn.Module):
 
     def __init__(self, size: int, shape: tuple[int, ...], teacher: nn.Module) -> None:
         super().__init__()
-        kind = next((p.dtype for p in teacher.parameters()), torch.float32)
-        with in_mode(teacher), torch.no_grad():
-            classes = teacher(torch.zeros(1, *shape, dtype=kind, device=device_of(teacher))).shape[1]
+        classes = said_of_black(teacher, shape).shape[1]
         self.register_buffer("images", torch.zeros(size, *shape))
         self.register_buffer("logits", torch.zeros(size, classes))
         self.register_buffer("used", torch.zeros((), dtype=torch.long))
@@ -42,6 +40,14 @@ class Pool(nn.Module):
         places = (self.used + torch.arange(len(images), device=images.device)) % len(self.images)
         self.images[places], self.logits[places] = images.to(self.images.dtype), logits.to(self.logits.dtype)
         self.used += len(images)
+
+
+def said_of_black(teacher: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """The teacher's logits of a black image, (1, K), in eval mode."""
+    kind = next((p.dtype for p in teacher.parameters()), torch.float32)
+    with in_mode(teacher), torch.no_grad():
+        logits: Tensor = teacher(torch.zeros(1, *shape, dtype=kind, device=device_of(teacher)))
+    return logits
 
 
 class BytePool(nn.Module):

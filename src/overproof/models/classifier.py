@@ -59,6 +59,12 @@ def _numbers(name: str, value: Statistic, default: float) -> list[float]:
     return numbers
 
 
+def normalisation_of(model: nn.Module) -> Normalize | None:
+    """The normalisation that is a model's first layer, or the first one found in it; None without any."""
+    own = getattr(model, "normalize", None)
+    return own if isinstance(own, Normalize) else next((m for m in model.modules() if isinstance(m, Normalize)), None)
+
+
 class Classifier(nn.Module):
     """Images in [0, 1], shape (N, C, H, W), to logits (N, K): normalisation, then the network.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,11 @@ def make_generator(
     """
     if name not in GENERATORS:
         raise UnknownNameError("generator", name, GENERATORS)
-    if latent < 1:
-        raise UsageError(f"Generator {name!r}: latent={latent} must be at least 1.")
+    for key, value in {"latent": latent, "width": options.get("width", 1), "depth": options.get("depth", 1)}.items():
+        if value < 1:
+            raise UsageError(f"Generator {name!r}: {key}={value} must be at least 1.")
+    if law not in get_args(Law):
+        raise UnknownNameError("law of the noise", law, get_args(Law))
     build = GENERATORS[name]
     known = (build.__kwdefaults__ or {}).keys()
     for option in options:

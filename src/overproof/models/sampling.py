@@ -29,9 +29,11 @@ def sample(generator: Generator, count: int, *, seed: int = 0, clamp: bool = Tru
     Raises:
         UsageError: fewer than one image, or a generator whose samples are no images.
     """
-    if count < 1 or len(generator.shape) != 3:
+    if count < 1:
+        raise UsageError(f"{count} samples were asked for: give at least 1.")
+    if len(generator.shape) != 3:
         raise UsageError(
-            f"{count} samples of shape {generator.shape} were asked for: give at least 1, of a generator of images."
+            f"This generator makes points of shape {generator.shape}, no images: the report of its run draws them."
         )
     stream = torch.Generator().manual_seed(seed)
     with in_mode(generator), torch.no_grad():

@@ -96,15 +96,21 @@ def _family(run: Run, family: str, members: Sequence[str]) -> Chart:
         for position, line in enumerate(lines):
             x, y = _thinned(*line, limit)
             axes.plot(x, y, marker="o" if len(x) == 1 else "", markersize=4, **line_style(position))
-        axes.set(xlabel="epoch", ylabel=family)
+        axes.set(xlabel=_time(run), ylabel=family)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    return Chart(family, draw(paint, f"{family} over epochs, a line each for {', '.join(members)}"))
+    return Chart(family, draw(paint, f"{family} over {_time(run)}s, a line each for {', '.join(members)}"))
+
+
+def _time(run: Run) -> str:
+    return "generation" if run.config.get("verb") == "evolve" else "epoch"
 
 
 def _series(run: Run, section: str, key: str, scale: float) -> Line:
-    pairs = [(record.get("epoch"), table(record.get(section)).get(key)) for record in run.metrics]
-    kept = [(x + 1, scale * y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None]
+    """Over epochs, which count from 0; of generators that evolve over generations, of which an epoch of their records is many."""
+    clock, first = ("step", 0) if _time(run) == "generation" else ("epoch", 1)
+    pairs = [(record.get(clock), table(record.get(section)).get(key)) for record in run.metrics]
+    kept = [(x + first, scale * y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
@@ -116,7 +122,7 @@ def _epochs(
     drawn = [i for i in range(len(sources)) if any(found[i][0] for found in lines)]
     if not drawn:
         return None
-    limit = max(POINTS // (len(runs) * len(drawn)), 20)
+    limit, clock = max(POINTS // (len(runs) * len(drawn)), 20), " or ".join(dict.fromkeys(map(_time, runs)))
 
     def paint(axes: Any) -> None:
         for position, found in enumerate(lines):
@@ -124,10 +130,10 @@ def _epochs(
                 x, y = _thinned(*found[i], limit)
                 faint = {"linewidth": 1.0, "alpha": 0.45} if i != drawn[0] else {}
                 axes.plot(x, y, marker="o" if len(x) == 1 else "", markersize=4, **line_style(position) | faint)
-        axes.set(xlabel="epoch", ylabel=label)
+        axes.set(xlabel=clock, ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    return Chart(title, draw(paint, f"{title} over epochs, a line per run"), note if len(drawn) > 1 else "")
+    return Chart(title, draw(paint, f"{title} over {clock}s, a line per run"), note if len(drawn) > 1 else "")
 
 
 def _thinned(x: list[float], y: list[float], limit: int) -> Line:

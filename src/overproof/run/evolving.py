@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from overproof.config import RunConfig, resolve
 from overproof.data import ImageSet, Splits, build_augment, make_loader
+from overproof.data.loaders import brings_batches
 from overproof.data.order import generator_for
 from overproof.data.toys import TOYS, Toy
 from overproof.errors import UsageError
@@ -207,8 +208,12 @@ def _begin_as_he(network: nn.Module) -> None:
 def _reals(config: RunConfig, data: Any, count: int, device: torch.device) -> _Images:
     """Loader of the images of each generation, and the images that samples are compared with."""
     train, test = (data.train, data.test) if isinstance(data, Splits) else (data, data)
-    if not hasattr(train, "__len__"):
-        raise UsageError("The images have no length, so a run could not be resumed. Give a Dataset, an ImageSet or a tensor.")
+    test = train if test is None else test
+    if brings_batches(train) or not hasattr(train, "__len__"):
+        raise UsageError(
+            f"The images come as a {type(train).__name__}, which brings batches of its own or has no length; a generation takes its own "
+            "number of images, and a run must go on where it stopped. Give a Dataset, an ImageSet or a tensor."
+        )
     if len(train) < count:
         raise UsageError(
             f"A generation takes {count} real images, and there are {len(train)}: lower evolution.batch_size, "

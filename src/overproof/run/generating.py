@@ -77,7 +77,7 @@ def generated(
 
     Raises:
         FolderError: no such run, no generator in it, or no network that could name classes.
-        UsageError: fewer than one image.
+        UsageError: fewer than one image, or a network for images of another shape.
     """
     folder = RunFolder(run).require()
     device = _device()
@@ -96,9 +96,20 @@ def generated(
         raise FolderError(
             f"Nobody says what classes the images of {run} show; give labels=RUN of a classifier. ({error})"
         ) from error
-    with torch.no_grad():
-        logits = torch.cat([logits_of(model, part.to(device).float() / 255).cpu() for part in torch.split(pixels, BATCH)])
+    built = (getattr(model, "spec", None) or {}).get("image_size")
+    if built is not None and built != pixels.shape[-1]:
+        raise UsageError(_unfit(judge, run, pixels, f"it was built for {built} pixels"))
+    try:
+        with torch.no_grad():
+            logits = torch.cat([logits_of(model, part.to(device).float() / 255).cpu() for part in torch.split(pixels, BATCH)])
+    except RuntimeError as error:
+        raise UsageError(_unfit(judge, run, pixels, str(error))) from error
     return {"train": ImageSet(pixels, logits.argmax(dim=1), classes=logits.shape[1], name=f"generator:{run}")}
+
+
+def _unfit(judge: Path, run: str, pixels: Tensor, why: str) -> str:
+    shape = tuple(pixels.shape[1:])
+    return f"The network of {judge} cannot name the classes of {run}'s images of shape {shape}: {why}. Give labels=RUN of a classifier of such."
 
 
 def _device() -> torch.device:

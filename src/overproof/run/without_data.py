@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from overproof import console
 from overproof.attacks.base import logits_of
 from overproof.config import RunConfig
 from overproof.data import NoImages
 from overproof.errors import OverproofError, UsageError
 from overproof.methods import METHODS
-from overproof.models import Normalize
+from overproof.models.classifier import normalisation_of
 from overproof.networks import device_of, in_mode
 
 STEPS = 50  # of an epoch, if nothing else is said
@@ -77,6 +78,11 @@ def imagined(config: RunConfig, teacher: nn.Module, known: Any) -> NoImages:
     names = tuple(getattr(known, "classes", ()) or ())
     if names and len(names) != count:
         raise UsageError(f"The teacher tells {count} classes apart, the data for the evaluation have {len(names)}.")
+    if normalisation_of(teacher) is None and not {"mean", "std"} & config.method.options.keys():
+        console.note(
+            "The teacher has no normalisation of its own, so it is taken to know pixels of mean 0.5 and deviation 0.25; say method.mean and "
+            "method.std if you know better."
+        )
     mean, std = _normalisation(teacher, shape[0])
     names = names or tuple(map(str, range(count)))
     steps = config.train.steps_per_epoch or STEPS
@@ -110,8 +116,8 @@ def _classes(teacher: nn.Module, shape: tuple[int, int, int]) -> int:
 
 
 def _normalisation(teacher: nn.Module, channels: int) -> tuple[list[float], list[float]]:
-    first = getattr(teacher, "normalize", None)
-    if not isinstance(first, Normalize):
+    first = normalisation_of(teacher)
+    if first is None:
         return [0.0] * channels, [1.0] * channels
     mean, std = first.mean.flatten().tolist(), first.std.flatten().tolist()
     every = channels if len(mean) == 1 else 1

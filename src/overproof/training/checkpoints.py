@@ -60,6 +60,7 @@ def restore_state(trainer: Trainer) -> bool:
     trainer.fabric.strategy.precision.load_state_dict(state["scaler"])
     if trainer.fabric.is_global_zero:
         truncate_metrics(trainer.folder.path, trainer.metrics_size)
+        trainer.teller.known = {name for record in trainer.folder.metrics for name in record.get("concerns", ())}
     return True
 
 

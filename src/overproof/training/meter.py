@@ -25,16 +25,16 @@ class EpochTeller:
 
     def __init__(self, epochs: int, concerns: Callable[[Mapping[str, float]], dict[str, str]] = lambda means: {}) -> None:
         self.epochs, self.concerns, self._told = epochs, concerns, time.monotonic()
-        self._known: set[str] = set()
+        self.known: set[str] = set()  # concerns that were told
 
     def tell(self, epoch: int, record: dict[str, Any]) -> None:
         """Say what `record` found, unless the last line was just now, and what is wrong with it; that is kept in it as "concerns"."""
         if "alarm" in record:
             console.note(f"warning: {record['alarm']}")
         found = self.concerns(record["train"])
-        for name in sorted(found.keys() - self._known):
+        for name in sorted(found.keys() - self.known):
             console.note(f"warning: {found[name]}")
-        self._known |= found.keys()
+        self.known |= found.keys()
         if found:
             record["concerns"] = found
         if epoch + 1 < self.epochs and time.monotonic() - self._told < TELL_SECONDS:
