@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from overproof.losses.denoising import (
     unpatchify,
 )
 from overproof.losses.divergences import cross_entropy
+from overproof.methods import nim as nim_file
+from overproof.methods import nim_tuning as nim_tuning_file
 from overproof.methods.nim import MIM, NIM
 from overproof.methods.nim_groups import decay_groups, layer_groups
 from overproof.methods.nim_tuning import NIMTuning, shallower
@@ -116,7 +119,13 @@ def test_levels_have_mean_75_and_deviation_15() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"law": "pink"}, "noise='pink'"), ({"scale": 0.0}, "scale=0.0"), ({"high": -1.0}, "high=-1.0")]
+    ("options", "words"),
+    [
+        ({"law": "pink"}, "noise='pink'"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"high": -1.0}, "high=-1.0"),
+        ({"high": math.inf}, "finite"),
+    ],
 )
 def test_bad_noise_is_named(options: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -164,6 +173,40 @@ def test_the_loss_is_the_plain_mean_over_all_patches() -> None:
     torch.testing.assert_close(
         found.logits, net.classify(net.tokens((noisy - 0.4) / model.normalize.std)), rtol=1e-6, atol=1e-6
     )
+
+
+def test_every_image_gets_a_level_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[torch.Tensor] = []
+    for module in (nim_file, nim_tuning_file):
+        monkeypatch.setattr(
+            module, "add_noise", lambda images, sigma, unit: drawn.append(sigma) or add_noise(images, sigma, unit)
+        )
+    batch = small_batch(6)
+    NIM(autoencoder())(batch, NOW)
+    NIMTuning(autoencoder(1), autoencoder(2)).shown(batch.images)
+    for sigma in drawn:
+        assert sigma.shape == (6,)
+        assert len(set(sigma.tolist())) == 6
+    assert len(drawn) == 2
+
+
+def test_half_precision_has_levels_too() -> None:
+    for kind in (torch.float16, torch.bfloat16):
+        levels = NoiseLevels().draw(torch.zeros(500, 1, 1, 1, dtype=kind))
+        assert levels.dtype == kind
+        assert 70 < float(levels.float().mean()) < 80
+
+
+def test_compiled_is_what_is_called() -> None:
+    objective = NIM(autoencoder())
+    parts, called = objective.compiled(), set()
+    for part in parts:
+        part.register_forward_hook(lambda module, *_: called.add(module))
+    objective(small_batch(2), NOW)
+    assert called == set(parts) != set()
+    tuning = NIMTuning(autoencoder(1), autoencoder(2))
+    assert tuning.compiled()[0] is tuning.student
+    assert set(tuning.compiled()[1:]) == set(autoencoder_of(tuning.teacher).all_blocks())
 
 
 def test_the_masked_loss_looks_at_masked_patches_alone() -> None:
@@ -257,6 +300,7 @@ def test_vectors_do_not_decay_and_layers_learn_slower_towards_the_pixels() -> No
         "net.blocks.0.attn.qkv.weight": 1 / 4,
         "net.blocks.1.norm1.bias": 1 / 2,
     }
+    assert not any(id(named["net.cls"]) == id(p) for g in groups if "weight_decay" not in g for p in g["params"])
     expected |= {"net.fc_norm.weight": 1.0, "net.head.bias": 1.0}
     assert {name: scale[id(named[name])] for name in expected} == expected
     assert len(scale) == len(named)
@@ -391,7 +435,11 @@ def test_guessing_leaves_what_was_seen(norm_pix: bool) -> None:
     found = patchify(inpainted(model, images, kept, norm_pix=norm_pix), 2)
     seen = masked_patches(kept, 16)[:, :, None].expand_as(found) == 0
     torch.testing.assert_close(found[seen], patchify(images, 2)[seen], atol=1e-12, rtol=0)
-    assert float((found - patchify(images, 2))[~seen].abs().mean().detach()) > 0.01
+    net, (mean, std) = model.net, (model.normalize.mean, model.normalize.std)
+    said = net.said(net.tokens((images - mean) / std, kept), kept)
+    mu, scale = patch_statistics(patchify((images - mean) / std, 2))
+    guessed = unpatchify(said * scale + mu if norm_pix else said, 2, (1, 8, 8)) * std + mean
+    torch.testing.assert_close(found[~seen], patchify(guessed.clamp(0, 1), 2)[~seen], atol=1e-12, rtol=0)
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
 
@@ -413,6 +461,12 @@ def test_fine_tuning_sees_what_it_says() -> None:
     assert torch.equal(quiet, denoised(teacher, images, images))
     plain = NIMTuning(student, autoencoder(2, norm_pix=False), high=0.0).shown(images)
     assert torch.equal(plain, denoised(teacher, images, None))
+    loud = NIMTuning(student, teacher, high=100.0)  # statistics come from the image, levels are those of the images
+    torch.manual_seed(4)
+    seen = loud.shown(images)
+    torch.manual_seed(4)
+    sigma = 100 * torch.rand(len(images))
+    assert torch.equal(seen, denoised(teacher, add_noise(images, sigma, torch.randn_like(images)), images))
     masked = NIMTuning(student, autoencoder(2, kind="mask"), high=0.0).shown(images)
     torch.testing.assert_close(masked, images, atol=1e-6, rtol=0)
     half = NIMTuning(student, autoencoder(2, kind="mask"), high=0.9)

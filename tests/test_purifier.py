@@ -200,6 +200,9 @@ def test_the_attack_on_the_average_takes_its_draws_in_one_batch() -> None:
     Averaged(guarded.logits_model(), 100)(images)
     assert sizes == [42 * 24, 42 * 24, 16 * 24]
     sizes.clear()
+    Averaged(guarded.logits_model(draws=8), 12)(images)  # eight draws of each of them
+    assert sizes == [5 * 8 * 24, 5 * 8 * 24, 2 * 8 * 24]
+    sizes.clear()
     Averaged(guarded.model, 3)(images)  # dice of such a model may belong to the batch
     assert sizes == [24] * 3
     torch.testing.assert_close(Averaged(guarded.logits_model(sigma="off"), 7)(images), guarded.model(images).log_softmax(dim=1))
@@ -209,13 +212,52 @@ def test_the_attack_on_the_average_takes_its_draws_in_one_batch() -> None:
     assert float((found[0] - images[:4]).abs().max()) <= 0.1 + 1e-9
 
 
+def test_memory_of_the_average_does_not_grow_with_its_draws() -> None:
+    guarded, images, _ = fitted()
+    found, kept = [], []
+    for rows in (10_000, 48):  # all draws in one pass; two draws in each
+        given = images.clone().requires_grad_()
+        held = [0]
+
+        def pack(tensor: Tensor, held: list[int] = held) -> Tensor:
+            held[0] += tensor.numel()
+            return tensor
+
+        with pytest.MonkeyPatch.context() as patched, torch.random.fork_rng(devices=[]):
+            patched.setattr("overproof.attacks.eot.ROWS", rows)
+            torch.manual_seed(3)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                value = Averaged(guarded.logits_model(), 8)(given)[:, 0].sum()
+            found.append(torch.autograd.grad(value, given)[0])
+        kept.append(held[0])
+    assert kept[1] < 0.1 * kept[0]
+    assert all(bool(gradient.abs().sum() > 0) for gradient in found)
+
+
+def test_passes_made_twice_throw_the_same_dice() -> None:
+    guarded, images, _ = fitted()
+    given = images[:4].clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patched, torch.random.fork_rng(devices=[]):
+        patched.setattr("overproof.attacks.eot.ROWS", 8)
+        torch.manual_seed(3)
+        value = Averaged(guarded.logits_model(), 6)(given)[:, 0].sum()
+        gradient = torch.autograd.grad(value, given)[0]
+        torch.manual_seed(3)
+        passes = [
+            guarded.logits_model()(given.repeat(2, 1, 1, 1)).log_softmax(dim=1).view(2, 4, 3).sum(dim=0) for _ in range(3)
+        ]
+        plain = torch.stack(passes).sum(dim=0) / 6
+    torch.testing.assert_close(value, plain[:, 0].sum(), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain[:, 0].sum(), given)[0], atol=1e-12, rtol=1e-9)
+
+
 # What does not fit.
 
 
 def test_bad_knobs_are_named() -> None:
     guarded, images, _ = fitted()
     for options, words in (
-        ({"draws": 0}, "draws=0: a purifier needs at least one draw"),
+        ({"draws": 0}, "draws=0: a purifier needs a whole number of draws of its noise, at least one"),
         ({"sigma": math.nan}, "sigma=nan is no level of noise"),
         ({"sigma": "strong"}, "sigma='strong' is no level"),
         ({"stats": "clean"}, "stats='clean'"),
@@ -224,9 +266,20 @@ def test_bad_knobs_are_named() -> None:
     ):
         with pytest.raises(UsageError, match=words):
             NIMPurifier(**options)
-    for options, words in (({"draws": 0}, "draws=0"), ({"sigma": math.inf}, "sigma=inf")):
-        with pytest.raises(UsageError, match=words):
-            guarded(images, **options)
+    for options, words in (
+        ({"draws": 0}, "draws=0"),
+        ({"draws": 2.5}, "draws=2.5"),
+        ({"draws": "4"}, "draws='4'"),
+        ({"sigma": math.inf}, "sigma=inf"),
+        ({"sigma": [70, 3]}, r"sigma=\[70, 3\] is no level"),
+        ({"sigma": torch.tensor([1.0, 2.0])}, "is no level"),
+        ({"sigma": True}, "sigma=True is no level"),
+        ({"sigm": 3}, "sigm: what a purifier takes at call time is sigma and draws"),
+    ):
+        for ask in (lambda **o: guarded(images, **o), guarded.logits_model):
+            with pytest.raises(UsageError, match=words):
+                ask(**options)
+    assert guarded(images[:0]).logits.shape == (0, 3)
     with pytest.raises(UsageError, match=r"shape \(1, 8, 8\) \(channels, height, width\), not \(1, 9, 9\)"):
         guarded.purifier(guarded.model, torch.rand(2, 1, 9, 9))
     with pytest.raises(UsageError, match=r"not \(3, 8, 8\)"):
@@ -317,6 +370,28 @@ def test_autoencoders_that_do_not_fit_are_named() -> None:
     assert not made.train().autoencoder.training
 
 
+def test_a_purifier_pre_trains_itself(digits: overproof.Splits) -> None:
+    few = digits.train.images[:256]
+    made = NIMPurifier(epochs=25, batch_size=64, lr=3e-3, network="vit-ae-digits").fit(small_model(), few, torch.zeros(256))
+    errors = made.facts["errors"]["sigma 70"]
+    assert errors["purified"] < 0.6 * errors["noisy"]
+
+
+def test_restoring_leaves_the_callers_dice_alone(tmp_path: Path) -> None:
+    guarded, _, _ = fitted()
+    path = save_guard(guarded.purifier, tmp_path)
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    load_guard(path)
+    assert torch.equal(torch.rand(2), expected)
+    facts = json.loads(path.read_text())
+    for key in ("high", "kind", "stats", "shape"):
+        path.write_text(json.dumps({**facts, "facts": {k: v for k, v in facts["facts"].items() if k != key}}))
+        with pytest.raises(FolderError, match="describe no NIMPurifier"):
+            load_guard(path)
+
+
 # The small one.
 
 
@@ -336,8 +411,26 @@ def test_the_small_purifier_learns_to_rebuild() -> None:
     assert made.facts["parameters"] == (5 * 9 * 8 + 8) + (8 * 9 * 4 + 4), "four pixels and the level in, four pixels out"
     assert made.facts["teacher_parameters"] == teacher.facts["parameters"] > 10 * made.facts["parameters"]
     assert made.facts["high"] == 120.0
+    assert seen_levels(made, teacher, model, images, labels) > 4
     assert torch.equal(made(model, few, streams(64)), made.cleaned(few, noisy, 35.0))
     assert torch.equal(made(model, few, sigma="off"), few)
+
+
+def seen_levels(made: SmallPurifier, teacher: NIMPurifier, model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """How many levels of noise the images of one batch had that the small one imitates its teacher on."""
+    found: set[float] = set()
+    known = teacher.cleaned
+
+    def watched(given: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        found.update(round(float(value), 3) for value in (noisy - given).flatten(1).std(dim=1))
+        return known(given, noisy, level)
+
+    teacher.cleaned = watched  # type: ignore[method-assign]
+    SmallPurifier(epochs=1, batch_size=12, width=made.width, depth=made.depth).fit(
+        model, images[:12], labels[:12], teacher=teacher
+    )
+    teacher.cleaned = known  # type: ignore[method-assign]
+    return len(found - {0.0})
 
 
 def test_the_small_purifier_takes_images_of_any_size() -> None:
@@ -568,6 +661,15 @@ def test_from_the_pre_training_to_the_report(runs: Path, capsys: pytest.CaptureF
         "purifier-small.json",
         "purifier-small.safetensors",
     ]
+    with pytest.raises(UsageError, match="learned from a purifier whose place it took"):
+        fit_guards(net, {"purifier-small": {"epochs": 1, "width": 4}})
+    assert call([*command, "--sigma=-1,50"]) == 0
+    assert "   off  " in capsys.readouterr().out
+    assert call(["report", net]) == 0
+    page = (runs / "net" / "report.html").read_text()
+    assert page.count("Accuracy over the knob</h") == 2 or page.count("Accuracy over the knob") >= 4, "one for each purifier"
+    assert "purifier: nim, statistics of input" in page
+    assert "purifier: small" in page
     fit_guards(net, {"purifier-small": {"epochs": 1, "width": 4}}, pretrained=runs / "nim")
     assert load_guarded(net).purifier.facts["teacher_stats"] == "input"
     fit_guards(net, {"nim": {"epochs": 1}})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from overproof.attacks.base import logits_of
 from overproof.attacks.combined import Wrapper
@@ -55,7 +56,8 @@ class EOT(Wrapper):
 class Averaged(nn.Module):
     """The mean log-probability of `samples` passes through a random model.
 
-    A model with the attribute `own_dice` draws for every row of a batch anew, so that many passes are one over a longer batch.
+    A model with the attribute `own_dice` draws for every row of a batch anew, so that many passes are one over a longer batch, of at
+    most `ROWS` rows (`rows_per_image`, if it has that, for each image). Where more are needed, memory for gradients is that of one.
     """
 
     def __init__(self, model: nn.Module, samples: int) -> None:
@@ -64,10 +66,17 @@ class Averaged(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> log-probabilities (N, K), up to a constant per image."""
-        at_once = max(1, ROWS // max(len(images), 1)) if getattr(self.model, "own_dice", False) else 1
+        own, each = getattr(self.model, "own_dice", False), getattr(self.model, "rows_per_image", 1)
+        at_once = max(1, ROWS // max(each * len(images), 1)) if own else 1
         total, left = images.new_zeros(()), self.samples
+        again = own and at_once < self.samples and torch.is_grad_enabled() and images.requires_grad
         while left:
             passes = min(at_once, left)
-            answers = logits_of(self.model, images.repeat(passes, *[1] * (images.dim() - 1))).log_softmax(dim=1)
+            repeated = images.repeat(passes, *[1] * (images.dim() - 1))
+            # The graph of one pass is kept at a time; the same dice are thrown when it is made anew.
+            answers = checkpoint(self._said, repeated, use_reentrant=False) if again else self._said(repeated)
             total, left = total + answers.view(passes, len(images), answers.shape[1]).sum(dim=0), left - passes
         return total / self.samples
+
+    def _said(self, images: Tensor) -> Tensor:
+        return logits_of(self.model, images).log_softmax(dim=1)

@@ -95,8 +95,8 @@ class Guarded(nn.Module):
         if self.purifier is not None:
             seen = self._purified(images, generator, **purifying)
             parts["purified"] = seen[first]
-        elif purifying:
-            raise UsageError(f"Guarded({', '.join(purifying)}): there is no purifier that could take this; give purifier=....")
+        else:
+            self.repeats(**purifying)  # or an error: there is nobody to take them
         if self.cache is None:
             return _averaged(logits_of(self.model, seen), len(images)), seen[first], parts
         ask: Any = getattr(self.cache, "smoothly", self.cache) if smooth else self.cache
@@ -104,11 +104,29 @@ class Guarded(nn.Module):
         parts |= {f"cache/{name}": value[first] for name, value in answer.parts.items()}
         return _averaged(answer.logits, len(images)), seen[first], parts
 
+    def repeats(self, *, draws: int | None = None, **knobs: Any) -> int:
+        """Over how many draws of the purifier the probabilities are averaged, with these knobs at call time.
+
+        Raises:
+            UsageError: a knob that the purifier does not have, or a value that it does not take.
+        """
+        if self.purifier is None and (draws is not None or knobs):
+            named = ", ".join([*knobs, *(["draws"] if draws is not None else [])])
+            raise UsageError(f"Guarded({named}): there is no purifier that could take this; give purifier=....")
+        ask = getattr(self.purifier, "repeats", None)
+        if not callable(ask):
+            if draws is not None:
+                raise UsageError(f"draws={draws}: {type(self.purifier).__name__} does not average draws; leave it out.")
+            return 1
+        unknown = knobs.keys() - {"sigma"} if isinstance(self.purifier, Guard) and hasattr(self.purifier, "level") else ()
+        if unknown:
+            raise UsageError(f"{', '.join(sorted(unknown))}: what a purifier takes at call time is sigma and draws.")
+        return int(ask(draws=draws, **knobs))
+
     def _purified(self, images: Tensor, generator: torch.Generator | None, *, draws: int | None = None, **knobs: Any) -> Tensor:
         """What the model sees of the images: all first draws, then all second ones, and so on."""
         assert self.purifier is not None
-        streams, repeats = Streams.of(generator, images).fork(0), getattr(self.purifier, "repeats", None)
-        count = repeats(draws=draws, **knobs) if callable(repeats) else 1
+        streams, count = Streams.of(generator, images).fork(0), self.repeats(draws=draws, **knobs)
         if count > 1:
             images, streams = (
                 images.repeat(count, 1, 1, 1),
@@ -123,6 +141,7 @@ class Guarded(nn.Module):
         Args:
             **purifying: see `forward`.
         """
+        self.repeats(**purifying)  # or an error now
         return GuardedLogits(self, **purifying)
 
 
@@ -150,6 +169,11 @@ class GuardedLogits(nn.Module):
     def __init__(self, guarded: Guarded, **purifying: Any) -> None:
         super().__init__()
         self.guarded, self.purifying = guarded, purifying
+
+    @property
+    def rows_per_image(self) -> int:
+        """How many images the classifier sees for each: the draws that are averaged."""
+        return self.guarded.repeats(**self.purifying)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] -> logits (N, K)."""

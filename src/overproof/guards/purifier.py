@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,14 +96,17 @@ class NIMPurifier(Purifier):
         if spec is None:
             raise UsageError("This autoencoder does not say how to build it again: make it with overproof.create_model.")
         stats = self._statistics(net.pretext)
+        pretext = net.pretext  # in full precision
         self.autoencoder = made.to(like.device, like.dtype).requires_grad_(False).eval()
-        pretext = net.pretext
         facts = {"kind": pretext.kind, "stats": stats, "high": pretext.high, "shape": list(shape)}
         return self.settle(model, images, {**facts, "autoencoder": spec})
 
     def build(self, facts: Mapping[str, Any]) -> None:
         """The autoencoder, from its description; nothing is executed."""
-        self.autoencoder = rebuild(facts["autoencoder"]).requires_grad_(False).eval()
+        if facts["stats"] not in get_args(Statistics):
+            raise ValueError(facts["stats"])
+        with torch.random.fork_rng(devices=[]):  # weights are drawn, to be replaced at once
+            self.autoencoder = rebuild(facts["autoencoder"]).requires_grad_(False).eval()
 
     def cleaned(self, images: Tensor, noisy: Tensor, level: float | Tensor) -> Tensor:
         """D(x, x~), with the statistics of the images as they are, as published, of the noisy ones, or none."""

@@ -67,7 +67,7 @@ class Purifier(Guard):
         chosen = self.sigma if sigma is None else sigma
         if chosen == "off":
             return None
-        if isinstance(chosen, str) or not math.isfinite(chosen):
+        if isinstance(chosen, bool) or not isinstance(chosen, int | float) or not math.isfinite(chosen):
             raise UsageError(f'sigma={chosen!r} is no level of noise: give grey levels, such as 70, or "off".')
         if self.facts.get("kind") == "mask" and chosen >= 1:
             raise UsageError(
@@ -80,11 +80,11 @@ class Purifier(Guard):
         """How many draws are averaged; one where the purifier is off.
 
         Raises:
-            UsageError: none.
+            UsageError: fewer than one, or no whole number.
         """
         count = self.draws if draws is None else draws
-        if count < 1:
-            raise UsageError(f"draws={count}: a purifier needs at least one draw of its noise.")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UsageError(f"draws={count!r}: a purifier needs a whole number of draws of its noise, at least one.")
         return 1 if self.level(sigma) is None else count
 
     def forward(
@@ -140,6 +140,7 @@ class Purifier(Guard):
             FolderError: tensors are missing, others are there, or the facts describe no purifier.
         """
         try:
+            float(facts["high"]), LEVELS[facts["kind"]], tuple(facts["shape"])
             self.build(facts)
         except (KeyError, TypeError, ValueError, OverproofError) as error:
             raise FolderError(

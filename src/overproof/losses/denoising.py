@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,10 +40,11 @@ class NoiseLevels:
     def __post_init__(self) -> None:
         if self.law not in ("gamma", "uniform", "fixed"):
             raise UsageError(f"noise={self.law!r}: known are gamma, uniform and fixed.")
-        if not (self.shape > 0 and self.scale > 0 and self.high >= 0 and self.sigma >= 0):
+        numbers = (self.shape, self.scale, self.high, self.sigma)
+        if not (all(map(math.isfinite, numbers)) and self.shape > 0 and self.scale > 0 and self.high >= 0 and self.sigma >= 0):
             raise UsageError(
                 f"Noise levels: shape={self.shape} and scale={self.scale} must be positive, high={self.high} and sigma={self.sigma} at "
-                "least 0."
+                "least 0, and all of them finite."
             )
 
     def draw(self, like: Tensor) -> Tensor:
@@ -52,10 +54,11 @@ class NoiseLevels:
             return like.new_full((count,), self.sigma)
         if self.law == "uniform":
             return self.high * torch.rand(count, dtype=like.dtype, device=like.device)
-        rate = like.new_tensor(1 / self.scale)  # torch counts in rates
-        law = torch.distributions.Gamma(like.new_tensor(self.shape), rate, validate_args=False)
+        exact = like if like.dtype == torch.float64 else like.float()  # of half precision there are no Gamma numbers on a CPU
+        rate = exact.new_tensor(1 / self.scale)  # torch counts in rates
+        law = torch.distributions.Gamma(exact.new_tensor(self.shape), rate, validate_args=False)
         levels: Tensor = law.sample(torch.Size((count,)))
-        return levels
+        return levels.to(like.dtype)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -88,7 +91,7 @@ def patchify(images: Tensor, size: int) -> Tensor:
     if height % size or width % size:
         raise DataError(f"Patches of {size} pixels do not fit images of {height} x {width}; resize the images.")
     grid = images.reshape(count, channels, height // size, size, width // size, size)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, size * size * channels)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(count, height * width // size**2, size * size * channels)
 
 
 def unpatchify(patches: Tensor, size: int, shape: tuple[int, int, int]) -> Tensor:

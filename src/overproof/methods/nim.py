@@ -57,6 +57,10 @@ class _Rebuilding(Objective):
         """With adam and adamw betas are (0.9, 0.95), whatever train.betas says; no weight decay for biases and norms."""
         return decay_groups(self._reached(), betas=BETAS)
 
+    def compiled(self) -> list[nn.Module]:
+        """Block by block: encoder and decoder are called apart."""
+        return self.network.all_blocks()
+
     def _reached(self) -> Iterator[tuple[str, nn.Parameter]]:
         idle = set() if self.probe else {id(p) for part in (self.network.fc_norm, self.network.head) for p in part.parameters()}
         if self.network.pretext.kind == "noise" and self.network.decoder is not None:

@@ -11,25 +11,29 @@ from torch import nn
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def decay_groups(parameters: Named, **shared: Any) -> list[dict[str, Any]]:
-    """Matrices with the optimiser's weight decay, vectors (biases, norms) without; both with the options `shared`."""
-    kept = list(parameters)
-    matrices = {"params": [p for _, p in kept if p.dim() > 1], **shared}
-    vectors = {"params": [p for _, p in kept if p.dim() <= 1], "weight_decay": 0.0, **shared}
+def decay_groups(parameters: Named, *, exempt: str = "", **shared: Any) -> list[dict[str, Any]]:
+    """Matrices with the optimiser's weight decay, vectors (biases, norms) and `exempt` without; both with the options `shared`."""
+    kept = [(p, p.dim() > 1 and name.removeprefix("net.") != exempt) for name, p in parameters]
+    matrices = {"params": [p for p, decays in kept if decays], **shared}
+    vectors = {"params": [p for p, decays in kept if not decays], "weight_decay": 0.0, **shared}
     return [group for group in (matrices, vectors) if group["params"]]
 
 
 def layer_groups(parameters: Named, depth: int, decay: float) -> list[dict[str, Any]]:
     """The same, layer by layer: the rate of layer i of `depth` blocks is scaled by decay^(depth + 1 - i).
 
-    The embedding is layer 0, block i is layer i + 1, and all behind the blocks has the full rate.
+    The embedding is layer 0, block i is layer i + 1, and all behind the blocks has the full rate. The class token does not decay.
 
     Reference: Clark et al., ICLR 2020; as used by He et al., CVPR 2022, arXiv 2111.06377.
     """
     layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
         layers.setdefault(_layer(name, depth), []).append((name, parameter))
-    return [group for layer in sorted(layers) for group in decay_groups(layers[layer], lr_scale=decay ** (depth + 1 - layer))]
+    return [
+        group
+        for layer in sorted(layers)
+        for group in decay_groups(layers[layer], exempt="cls", lr_scale=decay ** (depth + 1 - layer))
+    ]
 
 
 def _layer(name: str, depth: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -76,7 +77,7 @@ class NIMTuning(Objective):
                 "nim-tune: the teacher is an autoencoder that has learned nothing yet; pre-train it with nim or mim first."
             )
         self.high = HIGH[self.pretext.kind] if high is None else high
-        if not self.high >= 0 or (self.masks and self.high >= 1):
+        if not 0 <= self.high < math.inf or (self.masks and self.high >= 1):
             raise UsageError(f"nim-tune: high={high} must be at least 0, and with a masked autoencoder below 1.")
         if on_original and no_denoising:
             raise UsageError("nim-tune: on_original has no noise, no_denoising nothing but noise; choose one.")
@@ -106,6 +107,10 @@ class NIMTuning(Objective):
         net = self._transformer
         depth, decay = (0, 1.0) if net is None else (len(net.blocks), self.layer_decay)
         return layer_groups(self._reached(), depth, decay)
+
+    def compiled(self) -> list[nn.Module]:
+        """The student, and the autoencoder's blocks."""
+        return [self.student, *autoencoder_of(self.teacher).all_blocks()] if self.teacher is not None else [self.student]
 
     def _reached(self) -> Iterator[tuple[str, nn.Parameter]]:
         net = self._transformer

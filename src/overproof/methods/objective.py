@@ -79,6 +79,10 @@ class Objective(nn.Module, ABC):
         frozen = {k: v for k, v in self.state_dict().items() if k.startswith("teacher.")}
         self.load_state_dict({**frozen, **state})
 
+    def compiled(self) -> list[nn.Module]:
+        """What train.compile compiles, in place: networks that it calls as a whole, or parts of them."""
+        return [network for network in (self.student, self.teacher) if network is not None]
+
     @property
     def answers(self) -> bool:
         """Whether the student's answers are trained, and not its features alone: then its accuracy says nothing."""

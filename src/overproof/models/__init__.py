@@ -107,7 +107,7 @@ for _size, _about in (
     ("l16", "of the size of ViT-L/16, for images of 224 pixels"),
 ):
     _add(
-        "autoencoder",
+        "autoencoder_sizes",
         f"vit-ae-{_size}",
         f"Vision transformer with a decoder, {_about}: for nim and mim.",
         ("transformer", "autoencoder", "large") if _size.endswith("16") else ("transformer", "autoencoder"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Literal
 
@@ -182,6 +181,10 @@ class VitAutoencoder(Network):
         """Normalised images (N, C, H, W) -> logits (N, K); the decoder is not asked."""
         return self.classify(self.tokens(images))
 
+    def all_blocks(self) -> list[nn.Module]:
+        """Those of the encoder, and of the decoder if there is one."""
+        return [*self.blocks, *(self.decoder.blocks if self.decoder is not None else ())]
+
     def shed(self) -> dict[str, int]:
         """Drop what a classifier does not need; returns the options with which it would have been built so."""
         self.decoder = None
@@ -192,7 +195,10 @@ def _check(
     patch: int, image_size: int, depth: int, decoder_depth: int, *, encoder: tuple[int, int], decoder: tuple[int, int]
 ) -> None:
     if patch < 1 or image_size % patch:
-        raise UsageError(f"vit-ae: patch_size={patch} does not divide image_size={image_size}.")
+        raise UsageError(
+            f"vit-ae: patch_size={patch} does not divide image_size={image_size}. Resize the images (data.image_size), or pre-train with another "
+            "model.patch_size."
+        )
     if depth < 1 or decoder_depth < 0:
         raise UsageError(f"vit-ae: depth={depth} must be at least 1, decoder_depth={decoder_depth} at least 0.")
     for name, (dim, heads) in (("embed_dim", encoder), ("decoder_dim", decoder)):
@@ -214,31 +220,14 @@ def autoencoder_of(model: nn.Module) -> VitAutoencoder:
 
 
 def normalised(model: nn.Module, images: Tensor) -> Tensor:
-    """Images in [0, 1] as the network behind the model's first layer reads them."""
+    """Images in [0, 1] as the network behind the model's first layer reads them.
+
+    Raises:
+        DataError: images of another shape than the network's.
+    """
+    net = model.net if isinstance(model, Classifier) else model
+    if isinstance(net, VitAutoencoder) and tuple(images.shape[1:]) != net.shape:
+        raise DataError(
+            f"The autoencoder takes images of shape {net.shape} (channels, height, width), not {tuple(images.shape[1:])}."
+        )
     return model.normalize(images) if isinstance(model, Classifier) else images
-
-
-def _preset(
-    about: str, patch: int | None, encoder: tuple[int, int, int], decoder: tuple[int, int, int]
-) -> Callable[..., nn.Module]:
-    """A builder of autoencoders with these sizes (dim, depth, heads); no patch: 2 pixels below 16, else 4."""
-
-    def build(
-        classes: int, in_channels: int, image_size: int, *, patch_size: int | None = patch,
-        embed_dim: int = encoder[0], depth: int = encoder[1], num_heads: int = encoder[2],
-        decoder_dim: int = decoder[0], decoder_depth: int = decoder[1], decoder_heads: int = decoder[2],
-    ) -> nn.Module:  # fmt: skip
-        return VitAutoencoder(
-            classes, in_channels, image_size, patch_size=patch_size or (2 if image_size < 16 else 4), embed_dim=embed_dim, depth=depth,
-            num_heads=num_heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads,
-        )  # fmt: skip
-
-    build.__doc__ = f"{about} Options: see `VitAutoencoder`."
-    return build
-
-
-vit_ae_digits = _preset("For images of 8 pixels.", None, (48, 3, 4), (48, 2, 4))
-vit_ae_small = _preset("For images of 28 or 32 pixels, on a CPU.", None, (96, 4, 4), (64, 2, 4))
-vit_ae_cifar = _preset("For images of 28 or 32 pixels.", None, (192, 9, 3), (128, 4, 4))
-vit_ae_b16 = _preset("ViT-B/16 for images of 224 pixels.", 16, (768, 12, 12), (512, 8, 16))
-vit_ae_l16 = _preset("ViT-L/16 for images of 224 pixels.", 16, (1024, 24, 16), (512, 8, 16))

@@ -88,7 +88,7 @@ def _content(runs: list[Run], title: str | None, baseline: str | None) -> dict[s
         "learned": [told for run in runs if (told := learned(run))],
         "robustness": charts.robustness(runs),
         "caches": [told for told in map(remembered, runs) if told],
-        "purifiers": [through for run in runs if (through := purified(run))],
+        "purifiers": [told for run in runs for told in purified(run)],
         "detections": [seen for run in runs if (seen := detected(run))],
         "explanations": [told for told in map(explained, runs) if told],
         "classes": charts.per_class(runs),

@@ -33,30 +33,54 @@ class Shown:
 
 @dataclass(frozen=True)
 class Purified:
-    """What there is to tell of the purifier of one run: a drawing, a row per level, the attacks, and images."""
+    """What an evaluation tells of a purifier: which, a drawing, a row per level, the attacks, and images."""
 
     run: Run
+    name: str
+    about: str
     charts: list[Chart]
     rows: list[dict[str, Any]]
     attacks: list[str]
     examples: list[Shown]
 
 
-def purified(run: Run) -> Purified | None:
-    """The purifier's part of the first evaluation with a curve, and of the first with pictures; None if there is neither."""
-    behind = [name for name, found in run.evaluations.items() if "purifier" in items(table(found.get("guard")).get("guards"))]
-    rows = next((found for name in behind if (found := level_rows(run.evaluations[name]))), [])
-    examples: list[Shown] = []
-    for name in behind:
+def purified(run: Run) -> list[Purified]:
+    """What each evaluation behind a purifier has to show: a curve, pictures, or both."""
+    found = []
+    for name, summary in run.evaluations.items():
+        if "purifier" not in items(table(summary.get("guard")).get("guards")):
+            continue
+        rows, examples = level_rows(summary), []
         try:
-            gallery = run.folder.arrays(name, "gallery")
-            examples = examples or _examples(gallery, run.evaluations[name]["classes"])
+            examples = _examples(run.folder.arrays(name, "gallery"), summary["classes"])
         except (FolderError, KeyError, IndexError, ValueError, TypeError) as error:
             run.warnings.append(
                 f"{run.folder.path}: the images behind the purifier cannot be shown ({type(error).__name__}: {error})."
             )
-    attacks = list(rows[0]["robust"]) if rows else []
-    return Purified(run, [_chart(rows, attacks)] if rows else [], rows, attacks, examples) if rows or examples else None
+        attacks = list(rows[0]["robust"]) if rows else []
+        if rows or examples:
+            charts = [_chart(rows, attacks)] if rows else []
+            found.append(Purified(run, name, _about(summary), charts, rows, attacks, examples))
+    return found
+
+
+def _about(summary: Mapping[str, Any]) -> str:
+    """Which purifier it was, in words."""
+    facts = table(table(table(summary.get("protocol")).get("guards")).get("purifier"))
+    kind = (
+        "small, of convolutions" if "teacher_stats" in facts else "masked autoencoder" if facts.get("kind") == "mask" else "nim"
+    )
+    told = {
+        "statistics of": facts.get("stats"),
+        "sigma": facts.get("sigma"),
+        "draws": facts.get("draws"),
+        "parameters": facts.get("parameters"),
+    }
+    return (
+        ", ".join([f"purifier: {kind}", *(f"{name} {value}" for name, value in told.items() if value is not None)])
+        if facts
+        else ""
+    )
 
 
 def level_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

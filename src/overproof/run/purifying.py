@@ -50,7 +50,7 @@ def fit_purifier(
         trusted: see `load_model`.
 
     Raises:
-        UsageError: the pre-training does not fit the images.
+        UsageError: the pre-training does not fit the images, or the teacher of the present purifier-small is gone.
         FolderError: no such run.
     """
     place, source = device_of(model), None
@@ -63,11 +63,27 @@ def fit_purifier(
         elif known.exists() and isinstance(held := load_guard(known), NIMPurifier):
             console.note(f"purifier-small learns from {known}")
             teacher = held.to(place)
+        if teacher is None:
+            _refuse_other_teacher(run)
         guard.fit(model, images, labels, teacher=teacher)
+        guard.facts["taught"] = teacher is not None
     elif isinstance(guard, NIMPurifier):
+        if source is None:
+            console.note(f"no --pretrained RUN: an autoencoder is trained for {guard.epochs} epochs")
         guard.fit(model, images, labels, autoencoder=source)
     else:
         guard.fit(model, images, labels)
+
+
+def _refuse_other_teacher(run: Path) -> None:
+    """A second purifier-small must not learn, unasked, from another teacher than the first, whose files it has replaced."""
+    mine = describe_guards(run).get("purifier-small", {})
+    if mine.get("facts", {}).get("taught"):
+        raise UsageError(
+            f"The purifier-small of {run} learned from a purifier whose place it took, so that one cannot teach again: give --pretrained RUN, "
+            "the run of its autoencoder, or fit the purifier nim first."
+        )
+    console.note(f"{run} holds no purifier nim, and there is no --pretrained RUN: an autoencoder is trained first")
 
 
 def purifier_of(described: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
@@ -140,12 +156,18 @@ def sigma_curve(
         rows.append(evaluate(guarded.logits_model(sigma=level), data, attacks=attacks, sanity=0, **common))
     errors = [_errors(guarded, data, level) for level in levels]
     return {
-        "sigma": [level if isinstance(level, str) else float(level) for level in levels],
+        "sigma": [_level(guarded, level) for level in levels],
         "clean": [row.clean for row in rows],
         "attacks": {name: [row.robust[name] for row in rows] for name in attacks},
         "noisy": [pair and pair[0] for pair in errors],
         "purified": [pair and pair[1] for pair in errors],
     }
+
+
+def _level(guarded: Guarded, sigma: Level) -> Level:
+    assert isinstance(guarded.purifier, Purifier)
+    level = guarded.purifier.level(sigma)
+    return "off" if level is None else level
 
 
 def _errors(guarded: Guarded, data: Any, sigma: Level) -> tuple[float, float] | None:

@@ -54,7 +54,13 @@ def restore_state(trainer: Trainer) -> bool:
     trainer.meter.load(state["meter"], trainer.fabric.device)
     trainer.objective.load_trained_state(state["objective"])
     for phase, optimizer in trainer.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][phase])
+        try:
+            optimizer.load_state_dict(state["optimizers"][phase])
+        except (ValueError, KeyError) as error:
+            raise FolderError(
+                f"{trainer.folder.path / NAME} holds an optimiser of other parameters ({error}): the method was another one when it was made. "
+                "Start the run again in a fresh --out."
+            ) from error
     if trainer.averaged is not None:
         trainer.averaged.load_state_dict(state["averaged"])
     trainer.fabric.strategy.precision.load_state_dict(state["scaler"])

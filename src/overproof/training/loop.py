@@ -79,9 +79,8 @@ class Trainer:
         objective.to(self.fabric.device)
         self.averaged = make_averaged(objective.student, config)
         if config.compile:
-            for network in (objective.student, objective.teacher):
-                if network is not None:
-                    network.compile()
+            for network in objective.compiled():
+                network.compile()
         self.configs = {phase: config.model_copy(update=objective.settings(phase)) for phase in objective.turns}
         bare = [make_optimizer(own, objective.groups(phase)) for phase, own in self.configs.items()]
         self.wrapped, *optimizers = self.fabric.setup(Plain(objective), *bare)
