@@ -44,7 +44,7 @@ class Residual(nn.Module):
 
 
 class SmallPurifier(Purifier):
-    """Noise, then a few convolutions that have learned to rebuild images as `NIMPurifier` does, at about a tenth of its multiplications.
+    """Noise, then a few convolutions that have learned to rebuild images as `NIMPurifier` does, at a fraction of its multiplications.
 
     L = mean_n ||g(x_n + sigma_n / 255 z_n, sigma_n) - D(x_n, x_n + sigma_n / 255 z_n)||^2, sigma_n ~ U(0, high)
 
