@@ -165,3 +165,45 @@ def test_verdict_of_a_targeted_attack_leaves_a_training_model_alone() -> None:
     verdict(PGD(eps=0.1, steps=2, targeted=True), model, torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.training
+
+
+class Sometimes(Threshold):
+    """No number for bright images, or for those that an attack has made bright."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        return torch.where(x.flatten(1).mean(1, keepdim=True) > 0.7, torch.nan, logits)
+
+
+def test_answers_that_are_no_numbers_count_as_wrong(pixels: ImageSet) -> None:
+    result = evaluate(Sometimes(), pixels, attacks={"fgsm": FGSM(eps=0.2)}, sanity=4)
+    assert result.samples["prediction"].tolist() == [0, 0, 0, 1, -1, -1, 0, 1]
+    assert result.clean == 4 / 8
+    assert result.summary["nll"] is None
+    assert any("2 of 8 untouched images with NaN" in text for text in result.warnings)
+    assert np.isfinite(result.summary["ece"])
+    json.dumps(result.summary, allow_nan=False)
+    nothing = evaluate(lambda_module(lambda x: torch.full((len(x), 2), torch.nan)), pixels, attacks={"fgsm": FGSM(eps=0.2)})
+    assert (nothing.clean, nothing.worst_case) == (0.0, 0.0)
+    # An attack that drives a model out of its numbers has broken it.
+    up = ImageSet(torch.full((1, 1, 1, 1), 0.45), torch.zeros(1, dtype=torch.long), classes=("low", "high"))
+    assert evaluate(Sometimes(), up, attacks={"fgsm": FGSM(eps=0.3)}, sanity=0).robust["fgsm"] == 0.0
+
+
+def lambda_module(function) -> nn.Module:  # type: ignore[no-untyped-def]
+    class Module(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    return Module()
+
+
+def test_what_is_printed_tells_the_alarms(pixels: ImageSet) -> None:
+    fine = evaluate(Threshold(), pixels, attacks={"pgd": PGD(eps=0.3, steps=10)}, sanity=0)
+    assert not fine.suspected
+    assert repr(fine).startswith("Evaluation(clean 75.00%, pgd 25.00%, worst case 25.00%, 8 samples)")
+    blind = Threshold()
+    cut = lambda_module(lambda x: blind(x.detach()))
+    told = repr(evaluate(cut, pixels, attacks={"pgd": PGD(eps=0.3, steps=10)}, sanity=6))
+    assert "masked gradients suspected" in told
+    assert "warning: pgd: no gradient reaches the images" in told

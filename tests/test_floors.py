@@ -66,6 +66,7 @@ SHARED = {
     "memory",
     "processes",
     "data_free_parts",
+    "data_free_pool",
 }
 
 

@@ -167,7 +167,14 @@ def test_normalisation_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"std": 0.0}, {"std": (0.2, -1)}, {"mean": float("nan")}, {"mean": (0.1, 0.2), "std": (1, 1, 1)}]
+    "bad",
+    [
+        {"std": 0.0},
+        {"std": (0.2, -1)},
+        {"mean": float("nan")},
+        {"mean": (0.1, 0.2), "std": (1, 1, 1)},
+        {"mean": 125, "std": 50},
+    ],
 )
 def test_unusable_normalisation(bad: dict) -> None:
     with pytest.raises(UsageError, match="Normalisation"):

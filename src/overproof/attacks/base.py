@@ -147,9 +147,14 @@ def won(predicted: Tensor, labels: Tensor, targeted: bool) -> Tensor:
 
 
 def predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """Predicted classes (N,) in eval mode, without gradients."""
+    """Predicted classes (N,) in eval mode, without gradients; see `classes_of`."""
     with in_mode(model), torch.no_grad():
-        return logits_of(model, images).argmax(dim=1)
+        return classes_of(logits_of(model, images))
+
+
+def classes_of(logits: Tensor) -> Tensor:
+    """The class with the largest of the logits (N, K), (N,); -1, which is no class, where one of them is NaN."""
+    return torch.where(logits.isnan().any(dim=1), -1, logits.argmax(dim=1))
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from overproof import console
 from overproof.data.images import ImageSet
 from overproof.data.load import read_parts
 from overproof.data.loaders import DeviceLoader, make_loader
@@ -79,6 +80,34 @@ def classes_agree(extra: tuple[str, ...], classes: tuple[str, ...]) -> bool:
     if _numbered(extra):
         return len(extra) <= len(classes)
     return extra == classes or (_numbered(classes) and len(extra) == len(classes))
+
+
+def check_numbers_of_classes(ours: Sequence[str], theirs: Sequence[str], who: str, what: str) -> None:
+    """Classes are known by their numbers: refuse those that go by a name of ours with another number, and tell of other names.
+
+    Args:
+        ours, theirs: names by number; nothing is compared where one of them only numbers its classes.
+        who: has `ours`, in words.
+        what: has `theirs`.
+
+    Raises:
+        DataError: some class has another number.
+    """
+    ours, theirs = tuple(map(str, ours)), tuple(map(str, theirs))
+    if ours == theirs or not ours or not theirs or _numbered(ours) or _numbered(theirs):
+        return
+    known = {name: number for number, name in enumerate(ours)}
+    moved = [name for number, name in enumerate(theirs) if known.get(name, number) != number]
+    if moved:
+        raise DataError(
+            f"{who} has {few(ours)}, {what} {few(theirs)}: the class {moved[0]!r} has number {known[moved[0]]} there and "
+            f"{theirs.index(moved[0])} here, so that answers and labels would not mean the same. Give the classes the same order (of a folder: "
+            "all class folders, in it and with the same names)."
+        )
+    if strange := [name for name in theirs if name not in known]:
+        console.note(
+            f"note: {what} names classes ({', '.join(strange[:4])}) that {who} does not know; they are compared by number."
+        )
 
 
 def _numbered(names: tuple[str, ...]) -> bool:

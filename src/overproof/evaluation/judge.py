@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from overproof.attacks.base import logits_of
+from overproof.attacks.base import classes_of, logits_of
 from overproof.attacks.randomness import Streams
 from overproof.errors import DataError, NoGradientError
 from overproof.evaluation.counting import Passes
@@ -146,7 +146,7 @@ class Judge:
                 f"Label {int(labels.max())} does not exist for a model with {logits.shape[1]} classes (0 to "
                 f"{logits.shape[1] - 1}). Evaluate on the data the model was made for, or rebuild it with more classes."
             )
-        confidence, predicted = logits.softmax(dim=1).max(dim=1)
+        predicted, confidence = classes_of(logits), logits.softmax(dim=1).amax(dim=1).nan_to_num(0)
         columns = {"index": batch.index, "label": labels, "prediction": predicted, "confidence": confidence, "_row": rows}
         columns |= {"_nll": cross_entropy(logits, labels, reduction="none")}
         columns |= {f"{name}/prediction": predicted for name in self.plan.attacks}

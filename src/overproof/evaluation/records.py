@@ -42,6 +42,16 @@ class Evaluation:
         value = self.summary["worst_case"]
         return None if value is None else float(value)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What has to be known before the figures are believed."""
+        return [str(text) for text in self.summary.get("warnings", ())]
+
+    @property
+    def suspected(self) -> bool:
+        """Whether the sanity panel suspects masked gradients, so that robust accuracies flatter."""
+        return bool((self.summary.get("sanity") or {}).get("suspected"))
+
     def save(self, run: str | Path, name: str = "test") -> Path:
         """Write the evaluation into a run folder.
 
@@ -58,4 +68,6 @@ class Evaluation:
     def __repr__(self) -> str:
         attacks = "".join(f", {name} {value:.2%}" for name, value in self.robust.items())
         worst = "" if self.worst_case is None else f", worst case {self.worst_case:.2%}"
-        return f"Evaluation(clean {self.clean:.2%}{attacks}{worst}, {self.summary['samples']} samples)"
+        doubt = ", masked gradients suspected" if self.suspected else ""
+        told = "".join(f"\n  warning: {text}" for text in self.warnings)
+        return f"Evaluation(clean {self.clean:.2%}{attacks}{worst}{doubt}, {self.summary['samples']} samples){told}"

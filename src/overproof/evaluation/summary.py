@@ -50,7 +50,7 @@ def conclude(model: nn.Module, found: Findings, plan: Plan, classes: tuple[str, 
         "classes": list(classes),
         "fisher": flat,
         "ece": calibration_error(found["confidence"], figures.right),
-        "nll": float(found["_nll"].mean(dtype=np.float64)),
+        "nll": None if np.isnan(found["_nll"]).any() else float(found["_nll"].mean(dtype=np.float64)),
         "parameters": parameters_of(model),
         "macs": multiply_adds(model, image),
         "latency_ms": latency(model, image),
@@ -164,7 +164,8 @@ class _Figures:
 
     def _matrix(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         width = max(self.classes, int(self.found.facts["classes"]))
-        return np.bincount(rows * width + columns, minlength=width * width).reshape(width, width)
+        known = columns >= 0
+        return np.bincount(rows[known] * width + columns[known], minlength=width * width).reshape(width, width)
 
     def _placed(self, name: str, kind: str, matrices: Mapping[str, np.ndarray]) -> dict[str, Any]:
         if len(next(iter(matrices.values()))) > WIDE:
@@ -219,6 +220,11 @@ class _Figures:
     def warnings(self) -> list[str]:
         """What the reader has to know, in plain words."""
         texts = [SOFTMAX] if self.found.facts["softmax"] else []
+        if mute := int((self.found["prediction"] < 0).sum()):
+            texts.append(
+                f"The model answers {mute} of {self.found.count} untouched images with NaN. They count as wrong: look for a division by zero, a "
+                "logarithm of zero, or numbers too large for its precision."
+            )
         for name in self.plan.attacks:
             lanes = (name, CURVE) if CURVE in self.plan.lanes and name == self.plan.of_curve else (name,)
             invalid = int(sum(self.found.total(lane, "invalid") for lane in lanes))

@@ -14,6 +14,9 @@ from overproof.errors import DataError, UsageError
 Statistic = float | Sequence[float] | None
 
 
+LARGEST = 5.0  # of a mean or deviation of images in [0, 1]; beyond it somebody counts in grey levels
+
+
 class Normalize(nn.Module):
     """(images - mean) / std, per channel.
 
@@ -22,7 +25,7 @@ class Normalize(nn.Module):
         std: likewise, positive; None is 1.
 
     Raises:
-        UsageError: not finite, std not positive, or different numbers of channels.
+        UsageError: not finite, std not positive, numbers that belong to pixels up to 255, or different numbers of channels.
     """
 
     mean: Tensor
@@ -33,6 +36,10 @@ class Normalize(nn.Module):
         means, stds = _numbers("mean", mean, 0.0), _numbers("std", std, 1.0)
         if any(value <= 0 for value in stds):
             raise UsageError(f"Normalisation: std={std} must be positive.")
+        if any(abs(value) > LARGEST for value in (*means, *stds)):
+            raise UsageError(
+                f"Normalisation: mean={mean}, std={std} belong to pixels from 0 to 255; images here are in [0, 1]: divide both by 255."
+            )
         counts = {len(values) for values, given in ((means, mean), (stds, std)) if isinstance(given, Sequence)}
         if len(counts) > 1:
             raise UsageError(f"Normalisation: mean has {len(means)} channels, std has {len(stds)}; give as many of each.")

@@ -15,6 +15,7 @@ from overproof.attacks.combined import patient
 from overproof.attacks.transfer import Transfer
 from overproof.config import resolve
 from overproof.data import ImageSet, make_loader
+from overproof.data.extra import check_numbers_of_classes
 from overproof.errors import UsageError
 from overproof.evaluation.evaluator import evaluate, images_of, make_attacks
 from overproof.evaluation.records import Evaluation
@@ -160,6 +161,7 @@ def evaluate_guarded_run(
     config = resolve(folder.config, overrides=[text for text in overrides if not text.startswith("data.")])
     wanted = check_name(name) or f"guarded-{name_of(attacks, split)}"[:80]
     splits = guard_data(config, data, overrides)
+    check_numbers_of_classes(folder.data.get("classes", ()), splits.classes, "the run", splits.name)
     guarded = load_guarded(folder.path, trusted=trusted)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = evaluate_guarded(

@@ -14,6 +14,7 @@ from overproof import console
 from overproof.attacks.base import Attack
 from overproof.config import RunConfig, resolve
 from overproof.data import Splits, stratified_subset
+from overproof.data.extra import check_numbers_of_classes
 from overproof.errors import OverproofError, UsageError
 from overproof.evaluation.evaluator import evaluate, make_attacks
 from overproof.evaluation.partial import discard
@@ -52,7 +53,7 @@ def evaluate_run(
     wanted = check_name(name) or name_of(options["attacks"], options.get("split", "test"))
     unfinished = _unfinished(folder, wanted)
     model = load_model(folder.path, which, trusted=trusted)
-    result = _measure(model, config, trusted=trusted, resume=unfinished, **options)
+    result = _measure(model, config, trusted=trusted, resume=unfinished, names=folder.data.get("classes", ()), **options)
     summary = {**result.summary, "weights": which, "model": config.model.name}
     summary["protocol"] = plain({**summary["protocol"], "weights": which})
     summary["name"] = free_name(folder, wanted, summary["protocol"])
@@ -107,10 +108,12 @@ def _measure(
     fisher: bool | None = None,
     resume: Path | None = None,
     transfer_from: str | Path | None = None,
+    names: Sequence[str] = (),
 ) -> Evaluation:
     config = resolve(with_data(config, data).table(), overrides=overrides)
     fisher = watched(config) if fisher is None else fisher
     chosen = part_of(data_of(config), split, limit)
+    check_numbers_of_classes(names, getattr(chosen, "classes", ()), "the run", config.data.name)
     master = _teacher_of(config, teacher, use_own=data is None, trusted=trusted)
     used = config.teacher if teacher is None and master is not None else None
     teacher = teacher or (used.run if used else None)

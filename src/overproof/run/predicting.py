@@ -15,10 +15,10 @@ from overproof.attacks.randomness import Streams
 from overproof.data.pictures import Picture, find_pictures, read_pictures
 from overproof.data.pixels import to_float
 from overproof.errors import OverproofError, UsageError
-from overproof.folder import RunFolder
+from overproof.folder import RunFolder, read_json
 from overproof.guards.cache_keys import fingerprints
 from overproof.guards.guarded import Guarded
-from overproof.guards.storage import describe_guards
+from overproof.guards.storage import HOME
 from overproof.models.weights import load_model
 from overproof.networks import device_of
 from overproof.run.guarding import load_guarded
@@ -82,12 +82,24 @@ def predict(
 
 
 def _class_names(folder: RunFolder) -> list[str]:
-    """Names of the classes, as guards or evaluations of the run recorded them; [] if none did."""
-    known: list[dict[str, Any]] = []
-    with contextlib.suppress(OverproofError):  # a damaged guard matters only to those who ask for it
-        known = [dict(facts.get("about", {})) for facts in describe_guards(folder.path).values()]
-    found = [facts["classes"] for facts in (*known, *folder.evaluations.values()) if facts.get("classes")]
-    return [str(name) for name in found[0]] if found else []
+    """Names of the classes that the run was trained on; [] if it does not know them.
+
+    Evaluations may be of other data, whose classes have other names: they are asked last, and first those that training made.
+    """
+    made = folder.path / "evaluations"
+    paths = [
+        folder.path / "data.json",
+        *sorted((folder.path / HOME).glob("*.json")),
+        made / "test-best.json",
+        made / "test-last.json",
+    ]
+    for path in (*paths, *sorted(made.glob("*.json"))):
+        with contextlib.suppress(OverproofError):  # what is absent or damaged matters only to those who ask for it
+            facts = read_json(path)
+            facts = facts.get("about", facts) if isinstance(facts, dict) else {}
+            if facts.get("classes"):
+                return [str(name) for name in facts["classes"]]
+    return []
 
 
 def _batches(pictures: Iterable[Picture]) -> Iterator[list[tuple[int, Picture]]]:

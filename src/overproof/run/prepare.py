@@ -27,7 +27,7 @@ from overproof.registry import Registry
 from overproof.run.course import checked_evolution
 from overproof.run.numbering import check_numbers, rows_of
 from overproof.run.robust import check_extra, warm_up, with_attack
-from overproof.run.teachers import check_teachers, make_teacher
+from overproof.run.teachers import check_teachers, compare_names, make_teacher
 from overproof.run.transfer import named_by_run, transferred
 from overproof.run.without_data import check_without_data, data_free, imagined
 
@@ -162,6 +162,7 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     found = {key: value for key, value in known.items() if key in asked and value is not None}
     objective: Objective = METHODS.create(config.method.name, *networks, **{**found, **config.method.options})
     _compare_classes(objective, widths)
+    compare_names(config, objective, splits.classes)
     check_numbers(objective, splits.train)
     warm_up(objective, config.train.eps_warmup)
     return objective, splits

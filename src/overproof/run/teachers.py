@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 from overproof import console
-from overproof.attacks.base import logits_of
+from overproof.attacks.base import classes_of, logits_of
 from overproof.attacks.pgd import PGD
 from overproof.attacks.randomness import Streams
 from overproof.config import RunConfig, TeacherConfig
 from overproof.data import Splits, make_loader
+from overproof.data.extra import check_numbers_of_classes
 from overproof.errors import NoGradientError, UsageError
 from overproof.evaluation.verdicts import verdict
 from overproof.folder import RunFolder
@@ -76,8 +78,23 @@ def make_teacher(config: TeacherConfig, splits: Any, *, trusted: bool, place: st
     return model
 
 
+def compare_names(config: RunConfig, objective: Objective, classes: Sequence[str]) -> None:
+    """Refuse a teacher's run whose classes have other numbers than the data's, where answers are compared.
+
+    Raises:
+        DataError: some class has another number.
+    """
+    for place in ("teacher", "standard_teacher"):
+        about = getattr(config, place)
+        if about is not None and about.run and objective.needs_same_classes and objective.same_classes:
+            known = RunFolder(about.run).data.get("classes", ())
+            check_numbers_of_classes(known, classes, f"the {place.replace('_', ' ')} {about.run}", "the data")
+
+
 def look_at_teacher(config: RunConfig, objective: Objective, held_out: Any, data: Any, *, folder: RunFolder) -> None:
-    """Attack the teacher of a robust method, keep in the run's status what was found, and warn if the teacher is not robust.
+    """Look whether the teacher is any good on the run's images, and of a robust method whether it is robust; warn if not.
+
+    What is found of a robust method's teacher is kept in the run's status.
 
     Args:
         config: names the method; only those tagged "robust" and "distillation" want a robust teacher.
@@ -87,9 +104,18 @@ def look_at_teacher(config: RunConfig, objective: Objective, held_out: Any, data
         folder: of the run; if its status speaks of the teacher already, nothing happens.
     """
     attack, teacher, tags = objective.validation_attack, objective.teacher, METHODS.get(config.method.name).tags
-    if not {"robust", "distillation"} <= {*tags} or attack is None or teacher is None or "teacher" in folder.status:
+    if "distillation" not in tags or teacher is None or "teacher" in folder.status:
         return
-    if not objective.same_classes:  # it cannot be asked about these labels
+    if (
+        not objective.same_classes or not objective.needs_same_classes
+    ):  # it cannot be asked about these labels, or answers nothing
+        return
+    if "robust" not in tags or attack is None:
+        if held_out is not None:  # images of the training may be there to be seen once
+            batch = next(islice(held_out.batches(0), 1)).to(device_of(teacher))
+            with in_mode(teacher), torch.no_grad():
+                logits = logits_of(teacher, batch.images)
+            _tell_guesses(float((classes_of(logits) == batch.labels).float().mean()), len(batch), logits.shape[1])
         return
     loader = held_out if held_out is not None else make_loader(data.train, LOOK)
     batch = next(islice(loader.batches(0), 1)).to(device_of(teacher))
@@ -100,17 +126,22 @@ def look_at_teacher(config: RunConfig, objective: Objective, held_out: Any, data
         return
     folder.write_status("running", teacher=found)
     images, clean, robust = found["images"], found["clean"], found["robust"]
-    if clean <= GUESS / classes:
-        console.note(
-            f"warning: the teacher gets {clean:.0%} of {images:g} untouched images right, hardly more than guessing. Perhaps it "
-            "expects other pixel values than [0, 1] (wrap it: overproof.Classifier(teacher, mean=..., std=...)), or other classes."
-        )
-    elif robust < WEAK * clean:
+    if not _tell_guesses(clean, images, classes) and robust < WEAK * clean:
         console.note(
             f"warning: the teacher is not robust: of {images:g} images it gets {clean:.0%} right untouched and {robust:.0%} under "
             f"PGD-{attack.steps} ({attack.norm}, eps={attack.eps:.4g}). A student cannot learn from it what it does not have; train "
             "the teacher with pgd-at or trades."
         )
+
+
+def _tell_guesses(clean: float, images: float, classes: int) -> bool:
+    if clean > GUESS / classes:
+        return False
+    console.note(
+        f"warning: the teacher gets {clean:.0%} of {images:g} untouched images right, hardly more than guessing. Perhaps it "
+        "expects other pixel values than [0, 1] (wrap it: overproof.Classifier(teacher, mean=..., std=...)), or other classes."
+    )
+    return True
 
 
 def measured(teacher: nn.Module, attack: PGD, batch: Batch) -> tuple[dict[str, float], int]:
