@@ -16,7 +16,7 @@ import overproof
 from overproof import console
 from overproof.cli import call
 from overproof.data.extra import check_numbers_of_classes
-from overproof.errors import DataError
+from overproof.errors import DataError, FolderError, UsageError
 from overproof.run.predicting import predict
 
 
@@ -98,3 +98,36 @@ def test_a_teacher_that_guesses_is_told_of_with_any_method(tmp_path: Path, capsy
     console.set_quiet(False)
     overproof.distill("mlp", Constant(), "digits", method="kd", epochs=1, out=tmp_path / "run", limit_train=100)
     assert "the teacher gets" in capsys.readouterr().err
+
+
+def test_a_module_of_ones_own_predicts_too(home: Path, tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+    data = overproof.load_data(f"folder:{home / 'ours'}", image_size=8)
+    run = overproof.train(network(), data, epochs=2, batch_size=8, out=tmp_path / "run")
+    image = home / "ours" / "test" / "ship" / "0.png"
+    with pytest.raises(FolderError, match="overproof.predict"):
+        predict(run.path, image)
+    row = predict(run.path, image, model=network())[0]
+    pixels = data.test.images[data.test.labels == 2][:1]
+    shares = run.model(pixels.float() / 255).softmax(dim=1)
+    assert row.label == data.classes[int(shares.argmax())]
+    assert row.probability == pytest.approx(float(shares.max().detach()), abs=1e-5)
+    with pytest.raises(UsageError, match="guards belong to the model"):
+        predict(run.path, image, model=network(), guarded=True)
+    (run.path / "data.json").unlink()
+    with pytest.raises(UsageError, match="give image_shape"):
+        predict(run.path, image, model=network())
+    assert predict(run.path, image, model=network(), image_shape=(1, 8, 8))[0].probability == pytest.approx(row.probability)
+
+
+def test_a_run_is_not_taken_up_on_other_data(tmp_path: Path) -> None:
+    images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 3
+    how = {"epochs": 1, "batch_size": 8, "out": tmp_path / "run"}
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    overproof.train(network, (images, labels), **how)
+    overproof.train(network, (images, labels), resume=True, **how)
+    for other in ((images[:20], labels[:20]), (images, labels.flip(0)), (images.flip(0), labels)):
+        with pytest.raises(UsageError, match="begun on other train images or labels"):
+            overproof.train(network, other, resume=True, **how)

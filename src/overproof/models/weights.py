@@ -66,7 +66,7 @@ def load_model(run: str | Path, which: str = "best", model: nn.Module | None = N
             kind = facts.get("class", "unknown") if isinstance(facts, dict) else "unknown"
             raise FolderError(
                 f"The model in {run} is a {kind} that Overproof did not build, so it cannot be rebuilt from the folder. Build it "
-                f"yourself and pass it: overproof.load({str(run)!r}, model=...)."
+                f"yourself and pass it: overproof.load({str(run)!r}, model=...), overproof.predict(..., model=...)."
             )
         model = rebuild(facts["spec"], trusted=trusted)
     fill(model, read_state(path), path)

@@ -20,7 +20,7 @@ from overproof.folder import RunFolder, disk_message, write_json, write_toml
 from overproof.methods.objective import Objective
 from overproof.models.weights import load_model
 from overproof.networks import borrowed
-from overproof.run.data_facts import keep_data_facts
+from overproof.run.data_facts import check_same_data, keep_data_facts
 from overproof.run.environment import claim, environment
 from overproof.run.judging import judge_run
 from overproof.run.launch import launched
@@ -72,6 +72,8 @@ def execute(
     config = checked(config, own_attacks=parts.attacks)
     made = claim(folder, config, resume) if leader else []
     if folder.exists and folder.status.get("state") == "done":
+        if parts.data is not None:
+            check_same_data(parts.data, folder)
         return _finished(folder, parts.student, parts.trusted)
     with (
         holding(folder, made, leader=leader),

@@ -42,8 +42,10 @@ def predict(
     run: str | Path,
     images: Sequence[str | Path] | str | Path,
     *,
+    model: nn.Module | None = None,
     guarded: bool = False,
     which: str = "best",
+    image_shape: tuple[int, int, int] | None = None,
     seed: int = 0,
     trusted: bool = False,
 ) -> list[Prediction]:
@@ -55,30 +57,43 @@ def predict(
     Args:
         run: a run folder.
         images: image files, and folders of them.
+        model: a module of the same structure to fill, for a model that Overproof did not build itself; not behind guards.
         guarded: put the model behind the guards of the run.
         which: weights, "best" or "last"; guards belong to those that they were fitted for.
+        image_shape: (channels, height, width) of the images that the model takes; None: what the run knows of it.
         seed: of the guards' randomness, which depends on this and on the pixels alone.
         trusted: allow a folder that names a package.module:callable to import and run it.
 
     Raises:
         FolderError: no such run, weights or guards.
         DataError: no image there.
-        UsageError: the run does not say what images its model takes, or `which` beside guards.
+        UsageError: nobody says what images the model takes, they are not square, or `which` or `model` beside guards.
     """
-    if guarded and which != "best":
-        raise UsageError(f"which={which!r}: guards belong to the weights that they were fitted for.")
+    if guarded and (which != "best" or model is not None):
+        raise UsageError(f"which={which!r}, model=...: guards belong to the model and the weights that they were fitted for.")
     paths = find_pictures([images] if isinstance(images, str | Path) else images)
     folder = RunFolder(run).require()
-    model: nn.Module = (
-        load_guarded(folder.path, trusted=trusted) if guarded else load_model(folder.path, which, trusted=trusted)
+    asked: nn.Module = (
+        load_guarded(folder.path, trusted=trusted) if guarded else load_model(folder.path, which, model, trusted=trusted)
     )
+    channels, side = _images_of(asked, folder, image_shape)
+    asked.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    names, pictures = _class_names(folder), read_pictures(paths, channels=channels, side=side)
+    return [row for batch in _batches(pictures) for row in _rows(asked, batch, names, seed)]
+
+
+def _images_of(model: nn.Module, folder: RunFolder, given: Sequence[int] | None) -> tuple[int, int]:
+    """Channels and side of the images that a run's model takes."""
     spec = getattr(model.model if isinstance(model, Guarded) else model, "spec", None)
-    if not isinstance(spec, dict) or not {"in_channels", "image_size"} <= spec.keys():
-        raise UsageError(f"{folder.path} does not say what images its model takes; predict in Python: load(run)(images).")
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    names = _class_names(folder)
-    pictures = read_pictures(paths, channels=int(spec["in_channels"]), side=int(spec["image_size"]))
-    return [row for batch in _batches(pictures) for row in _rows(model, batch, names, seed)]
+    if given is None and isinstance(spec, dict) and {"in_channels", "image_size"} <= spec.keys():
+        return int(spec["in_channels"]), int(spec["image_size"])
+    shape = [int(number) for number in (folder.data.get("shape", ()) if given is None else given)]
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise UsageError(
+            f"{folder.path} does not say what images its model takes, or they are not square ({shape or 'unknown'}): give image_shape="
+            "(channels, height, width), or predict in Python: load(run, model=...)(images)."
+        )
+    return shape[0], shape[1]
 
 
 def _class_names(folder: RunFolder) -> list[str]:
