@@ -727,7 +727,7 @@ def test_damage_is_told_on_the_terminal_once(tmp_path: Path, capsys: pytest.Capt
         assert said.err.count("test.json is not readable as JSON") == 1
         assert "No evaluation was made" not in said.out
     text = text_table(summarise([run]))
-    assert "Damaged, and left out of the row of p: test." in text
+    assert "Damaged, and left out of the row of p: test. Delete the file and evaluate again." in text
 
 
 @pytest.mark.parametrize(("content", "told"), [("[]", "holds a list where a JSON object"), ("{}", ""), ("{", "not readable")])
@@ -746,6 +746,7 @@ def test_what_is_no_run_folder_is_no_misspelt_name(tmp_path: Path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     for place, remedy in (
         ("lack", "--out"),
+        ("runs", "It holds some: overproof report runs."),
         ("runs/okk", "--out"),
         ("runs/ok/weights", "It lies in one: overproof show runs/ok."),
     ):

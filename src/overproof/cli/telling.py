@@ -80,6 +80,7 @@ def _entry(name: str) -> tuple[Any, str]:
     from overproof.methods import METHODS
     from overproof.models import MODELS
     from overproof.probes import PROBES
+    from overproof.report.reading import runs_in
 
     tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS, EVOLUTIONS, PROBES)
     for table in tables:
@@ -88,5 +89,6 @@ def _entry(name: str) -> tuple[Any, str]:
     if Path(name).exists() or {"/", os.sep} & set(name):
         inside = next((parent for parent in Path(name).parents if RunFolder(parent).exists), None)
         remedy = f"It lies in one: overproof show {inside}." if inside else "Give the folder named by --out."
+        remedy = f"It holds some: overproof report {name}." if not inside and runs_in(Path(name)) else remedy
         raise UsageError(f"{name} is not a run folder (no config.toml in it). {remedy}")
     raise UnknownNameError("run folder or name", name, [n for table in tables for n in table.names()])

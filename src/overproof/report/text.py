@@ -51,9 +51,13 @@ def _caveats(row: Row) -> list[str]:
         said.append(
             f"Not on its own test images with its best weights, which nobody evaluated: {name} ({', '.join(row['apart'])})."
         )
-    for key, why in (("damaged", "Damaged"), ("outdated", "Out of date, since the run has other weights now")):
+    left_out = {
+        "damaged": ("Damaged", "Delete the file and evaluate again."),
+        "outdated": ("Out of date, since the run has other weights now", "Evaluate again."),
+    }
+    for key, (why, remedy) in left_out.items():
         if row.get(key):
-            said.append(f"{why}, and left out of the row of {name}: {', '.join(row[key])}. Evaluate again.")
+            said.append(f"{why}, and left out of the row of {name}: {', '.join(row[key])}. {remedy}")
     return said
 
 
