@@ -68,6 +68,31 @@ def test_train_distill_evaluate_report_show(capsys: pytest.CaptureFixture[str]) 
     assert call(["resume", "runs/kd"]) == 0
 
 
+def test_the_headline_of_a_run_survives_later_evaluations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["train", *QUICK, "--model", "mlp", "--out", "runs/f"]) == 0
+    attacked = ["--attack", "pgd:steps=3"]
+    for extra in (
+        ["--limit", "20"],
+        ["--split", "train"],
+        ["--set", "data.limit_test=200"],
+        ["--which", "last", *attacked],
+        ["--limit", "30", *attacked],
+    ):
+        assert call(["evaluate", "runs/f", *extra, "--sanity", "0"]) == 0
+    capsys.readouterr()
+    assert call(["show", "runs/f", "--json"]) == 0
+    (row,) = out(capsys)["runs"]
+    assert (row["evaluation"], row["samples"], row["apart"], row["outdated"]) == ("test-best", 50, [], [])
+    assert (list(row["attacks"]), row["attacks_samples"]) == (["pgd:steps=3"], {"pgd:steps=3": 30})
+    assert call(["show", "runs/f"]) == 0
+    assert "Never attacked" not in capsys.readouterr().out
+    Path("runs/f/weights/best.safetensors").write_bytes(b"other weights")
+    assert call(["show", "runs/f", "--json"]) == 0
+    (row,) = out(capsys)["runs"]
+    assert "test-best" in row["outdated"]
+    assert row["apart"] == ["last weights"]
+
+
 def test_model_by_name_with_weights_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["train", *QUICK, "--model", "mlp", "--out", "runs/a"]) == 0
     capsys.readouterr()

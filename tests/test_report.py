@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from overproof.cli import call
 from overproof.errors import FolderError, UnknownNameError, UsageError
+from overproof.evaluation.records import fingerprint
 from overproof.folder import write_arrays, write_json, write_toml
 from overproof.report import group_by_seed, summarise, text_table, write_report
 from overproof.report.learned import method_text
@@ -591,3 +593,178 @@ def test_damaged_learned_parts_are_named(tmp_path: Path) -> None:
 def test_nothing_learned_says_nothing(tmp_path: Path) -> None:
     assert "Inside the method" not in write_report([make_run(tmp_path / "kd")]).read_text()
     assert method_text({}) == ""
+
+
+def measure(run: Path, name: str, attacks: tuple[str, ...] = (), rows: dict | None = None, **about) -> None:
+    """One more evaluation in a run folder; `about`: clean, robust and any key of the summary."""
+    summary = evaluation(about.pop("clean", 0.97), about.pop("robust", 0.5), ["a", "b"], attacks)
+    calm = {"curve": None, "agreement": None} if attacks else {"worst_case": None, "curve": None, "agreement": None}
+    write_json(run / "evaluations" / f"{name}.json", {**summary, **calm, **about})
+    if rows:
+        write_arrays(run / "evaluations" / f"{name}.npz", rows)
+
+
+def weights(run: Path, content: bytes) -> str:
+    (run / "weights").mkdir(exist_ok=True)
+    (run / "weights" / "best.safetensors").write_bytes(content)
+    return fingerprint(run, "best")
+
+
+OTHERS = {
+    "fewer images": {"samples": 30},
+    "other data": {"data": "folder:other", "samples": 5000},
+    "the data changed": {"protocol": {"data": {"name": "fashion-mnist", "strength": 2}}, "samples": 5000},
+    "another split": {"split": "train", "samples": 5000},
+    "the last weights": {"weights": "last", "samples": 5000},
+    "guards": {"guard": {"guards": ["cache"]}, "samples": 5000},
+}
+
+
+@pytest.mark.parametrize("about", OTHERS.values(), ids=OTHERS)
+def test_what_measures_something_else_stands_for_no_run(tmp_path: Path, about: dict) -> None:
+    run = make_run(tmp_path / "f", evaluated=False)
+    measure(run, "test-best", clean=0.424)
+    measure(run, "test", clean=0.4, **about)
+    (row,) = summarise([run])
+    assert (row["evaluation"], row["clean"], row["samples"], row["apart"]) == ("test-best", 0.424, 1000, [])
+
+
+def test_the_evaluation_of_most_images_stands_for_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "f", evaluated=False)
+    measure(run, "test-best", samples=50)
+    same = {"name": "fashion-mnist", "validation": 0.1, "augment": [], "root": "elsewhere", "validation_from": "train"}
+    measure(run, "test", clean=0.8, protocol={"data": same, "limit": None})
+    assert summarise([run])[0]["clean"] == 0.8
+    measure(run, "another", clean=0.7, attacks=("fgsm",))
+    assert summarise([run])[0]["evaluation"] == "another"  # as many images, and it has more to tell
+
+
+@pytest.mark.parametrize(("part", "said"), [("other data", "data folder:other"), ("the last weights", "last weights")])
+def test_a_stand_in_is_labelled(tmp_path: Path, part: str, said: str) -> None:
+    run = make_run(tmp_path / "f", evaluated=False)
+    measure(run, "test", **OTHERS[part])
+    rows = summarise([run])
+    assert f"Not on its own test images with its best weights, which nobody evaluated: f ({said})." in text_table(rows)
+    assert f"nobody evaluated: f ({said})." in text_table(group_by_seed(rows))
+
+
+def test_an_evaluation_of_other_weights_is_out_of_date(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "f", evaluated=False)
+    measure(run, "test", clean=0.3, samples=2000, fingerprint=weights(run, b"early"))
+    assert summarise([run])[0]["clean"] == 0.3
+    made_of = weights(run, b"late")
+    measure(run, "test-best", clean=0.9, fingerprint=made_of)
+    (row,) = summarise([run])
+    assert (row["evaluation"], row["outdated"]) == ("test-best", ["test"])
+    assert "Out of date, since the run has other weights now, and left out of the row of f: test." in text_table([row])
+    assert "out of date: the run has other weights now" in page(write_report([run])).source
+    measure(run, "test", clean=0.3, samples=2000)  # one that does not say what weights it is of
+    assert summarise([run])[0]["clean"] == 0.3
+    (run / "evaluations" / "test.json").unlink()
+    weights(run, b"later still")
+    (row,) = summarise([run])
+    assert row["clean"] is None
+    assert "No evaluation was made" not in text_table([row])
+    (run / "weights" / "best.safetensors").unlink()  # nobody can know
+    assert summarise([run])[0]["clean"] == 0.9
+
+
+def test_attacks_of_all_evaluations_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "f", evaluated=False)
+    measure(run, "test-best")
+    measure(run, "test-few", attacks=("pgd-20",), samples=30, robust=0.4)
+    rows = summarise([run])
+    text = text_table(rows)
+    assert "Never attacked" not in text
+    assert "40.0 ± 8.9 (30 images)" in text
+    assert "(30 images)" in text_table(group_by_seed(rows))
+    assert "± 8.9 (30 images)" in page(write_report([run])).source
+    measure(run, "test-pgd", attacks=("pgd-20",), robust=0.6)
+    (row,) = summarise([run])
+    assert (row["robust"], row["attacks"], row["attacks_samples"]) == (0.6, {"pgd-20": 0.6}, {"pgd-20": 1000})
+    measure(run, "test-last", attacks=("fgsm",), weights="last", robust=0.1)
+    measure(run, "guarded", attacks=("fgsm",), guard={"guards": ["cache"]}, robust=0.1)
+    assert summarise([run])[0]["attacks"] == {"pgd-20": 0.6}
+
+
+def test_another_attack_of_the_same_name_is_told_apart(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "f")
+    measure(run, "stronger", attacks=("fgsm",), robust=0.1, samples=900)
+    path = run / "evaluations" / "stronger.json"
+    path.write_text(path.read_text().replace("fgsm(Linf(0.15))", "fgsm(Linf(0.3))"))
+    (row,) = summarise([run])
+    assert row["attacks"] == {"pgd-20": 0.55, "fgsm": pytest.approx(0.58), "fgsm (stronger)": 0.1}
+    assert row["worst"] == ["pgd-20", "fgsm"]
+
+
+def test_the_worst_case_over_evaluations_is_that_of_each_image(tmp_path: Path) -> None:
+    run, index = make_run(tmp_path / "f", evaluated=False), np.arange(4)
+    same = {"index": index, "label": index % 2}
+    holds = [np.array(part, bool) for part in ([1, 1, 0, 0], [0, 1, 1, 0])]
+    measure(run, "a", attacks=("pgd-20",), samples=4, rows={**same, "pgd-20/robust": holds[0]})
+    measure(run, "b", attacks=("fgsm",), samples=4, rows={**same, "fgsm/robust": holds[1]})
+    (row,) = summarise([run])
+    assert (row["robust"], row["worst"]) == (0.25, ["pgd-20", "fgsm"])
+    measure(run, "b", attacks=("fgsm",), samples=4, robust=0.4, rows={**same, "index": index + 1, "fgsm/robust": holds[1]})
+    (row,) = summarise([run])  # rows of other images tell nothing together
+    assert (row["robust"], row["worst"]) == (0.4, ["fgsm"])
+
+
+def test_gradients_masked_in_any_evaluation_of_the_row_are_suspected(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "f")
+    measure(run, "few", attacks=("square",), samples=30, sanity=sanity(True))
+    assert summarise([run])[0]["suspected"]
+    measure(run, "few", attacks=("square",), samples=30, sanity=sanity(True), weights="last")
+    assert not summarise([run])[0]["suspected"]
+
+
+def test_damage_is_told_on_the_terminal_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "p")
+    (run / "evaluations" / "test.json").write_text("nonsense")
+    for command in ("show", "report"):
+        assert call([command, str(run)]) == 0
+        said = capsys.readouterr()
+        assert said.err.count("test.json is not readable as JSON") == 1
+        assert "No evaluation was made" not in said.out
+    text = text_table(summarise([run]))
+    assert "Damaged, and left out of the row of p: test. Delete the file and evaluate again." in text
+
+
+@pytest.mark.parametrize(("content", "told"), [("[]", "holds a list where a JSON object"), ("{}", ""), ("{", "not readable")])
+def test_a_run_of_unknown_state_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, told: str) -> None:
+    (tmp_path / "status.json").write_text(content)
+    assert call(["show", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert f"{tmp_path}: unknown" in said.out
+    assert told in said.err
+
+
+def test_what_is_no_run_folder_is_no_misspelt_name(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs" / "ok")
+    (tmp_path / "runs" / "ok" / "weights").mkdir()
+    (tmp_path / "lack").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for place, remedy in (
+        ("lack", "--out"),
+        ("runs", "It holds some: overproof report runs."),
+        ("runs/okk", "--out"),
+        ("runs/ok/weights", "It lies in one: overproof show runs/ok."),
+    ):
+        assert call(["show", place]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"overproof: {place} is not a run folder")
+        assert remedy in said
+        assert "cka" not in said
+
+
+def test_a_folder_of_runs_is_reported_as_its_runs(tmp_path: Path) -> None:
+    for name in ("zebra", "seed-1/kd", "seed-0/kd", "seed-0/deeper/kd", ".hidden/kd"):
+        make_run(tmp_path / "runs" / name, epochs=1)
+    (tmp_path / "runs" / "notes.txt").write_text("not a folder")
+    (tmp_path / "empty").mkdir()
+    assert [row["name"] for row in summarise([tmp_path / "runs"])] == ["seed-0/kd", "seed-1/kd", "zebra"]
+    names = [row["name"] for row in summarise([tmp_path / "runs" / "zebra", tmp_path / "runs"])]
+    assert names == ["zebra", "seed-0/kd", "seed-1/kd"]
+    assert write_report([tmp_path / "runs"]) == tmp_path / "runs" / "report.html"
+    with pytest.raises(FolderError, match="empty is not a run folder.*holds none"):
+        summarise([tmp_path / "runs", tmp_path / "empty"])

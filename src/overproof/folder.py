@@ -102,6 +102,14 @@ def read_json(path: Path) -> Any:
         raise FolderError(f"{path} is not readable as JSON ({error}).") from error
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; anything else there is a FolderError."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FolderError(f"{path} holds a {type(value).__name__} where a JSON object is expected.")
+    return value
+
+
 def write_toml(path: Path, value: Mapping[str, Any]) -> None:
     """Write a table as TOML, atomically; keys whose value is None are left out."""
     import tomli_w
@@ -181,6 +189,9 @@ class RunFolder:
             raise FolderError(f"{self.path} is not a run folder (no config.toml in it). Give the folder named by --out.")
         return self
 
+    def _facts(self, name: str) -> dict[str, Any]:
+        return read_table(self.path / name) if (self.path / name).exists() else {}
+
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
@@ -189,14 +200,12 @@ class RunFolder:
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, device and command."""
-        path = self.path / "environment.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return self._facts("environment.json")
 
     @property
     def status(self) -> dict[str, Any]:
         """State of the run."""
-        path = self.path / MARKER
-        return dict(read_json(path)) if path.is_file() else {"state": "begun"}
+        return self._facts(MARKER) if (self.path / MARKER).is_file() else {"state": "begun"}
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Record the state, keeping earlier facts that are not given anew."""
@@ -218,26 +227,22 @@ class RunFolder:
     @property
     def data(self) -> dict[str, Any]:
         """How many images of each class there are; {} if that is not known."""
-        path = self.path / "data.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return self._facts("data.json")
 
     @property
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """Evaluation summaries by name."""
-        paths = sorted((self.path / "evaluations").glob("*.json"))
-        return {path.stem: dict(read_json(path)) for path in paths}
+        return {path.stem: read_table(path) for path in sorted((self.path / "evaluations").glob("*.json"))}
 
     @property
     def method(self) -> dict[str, Any]:
         """What the method learned beside the model; {} if nothing."""
-        path = self.path / "method.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return self._facts("method.json")
 
     @property
     def samples(self) -> dict[str, Any]:
         """What the samples of the run's generator show; {} if it was not looked at."""
-        path = self.path / "samples.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return self._facts("samples.json")
 
     def arrays(self, evaluation: str, kind: str = "") -> dict[str, np.ndarray]:
         """Per-sample records of an evaluation, or with kind="gallery" its example images; {} if not kept."""

@@ -15,8 +15,9 @@ from overproof.cli.explaining import explain
 from overproof.cli.generating import generate
 from overproof.cli.grouping import groups
 from overproof.cli.guarding import guard, predict
-from overproof.cli.looking import evaluate, list_entries, report, show_one
+from overproof.cli.looking import evaluate, report
 from overproof.cli.recipes import demo, reproduce, run
+from overproof.cli.telling import list_entries, show_one
 from overproof.cli.training import distill, probe_linear, resume, train
 from overproof.errors import OverproofError, UsageError
 

@@ -1,8 +1,7 @@
-"""evaluate, report, list, show."""
+"""evaluate, report."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -163,6 +162,8 @@ def report(
 
     Parameters
     ----------
+    runs
+        Run folders, or folders that hold some.
     baseline
         A run, or a group of runs that differ in the seed: the others are compared with it, seed by seed.
     """
@@ -170,65 +171,3 @@ def report(
 
     page = write_report(runs, output, baseline=baseline)
     show({"report": str(page), "runs": summarise(runs)}, json_, str(page))
-
-
-def list_entries(
-    kind: Literal["methods", "attacks", "models", "data", "guards", "probes", "evolutions"],
-    *,
-    plugin: Plugin = (),
-    json_: Json = False,
-) -> None:
-    """Name everything of one kind, with paper and tags."""
-    plugins(plugin)
-    import importlib
-
-    rooms = {"methods": "METHODS", "attacks": "ATTACKS", "models": "MODELS", "data": "DATA", "guards": "GUARDS"}
-    rooms |= {"evolution": "EVOLUTIONS", "probes": "PROBES"}
-    room = kind.removesuffix("s") if kind == "evolutions" else kind
-    entries = getattr(importlib.import_module(f"overproof.{room}"), rooms[room]).entries() if room in rooms else []
-    rows = [{"name": e.name, "summary": e.summary, "paper": e.paper, "url": e.url, "tags": list(e.tags)} for e in entries]
-    width = max((len(row["name"]) for row in rows), default=0)
-    show(rows, json_, "\n".join(f"{row['name']:{width}}  {row['summary']}" for row in rows) or f"There are no {kind} yet.")
-
-
-def show_one(what: str, *, plugin: Plugin = (), json_: Json = False) -> None:
-    """Tell what a run folder holds, or what options a method, attack, model or data set takes."""
-    plugins(plugin)
-    from overproof.folder import RunFolder
-
-    if RunFolder(what).exists:
-        from overproof.report import summarise, text_table
-        from overproof.report.learned import method_text
-        from overproof.report.words import samples_text
-
-        folder = RunFolder(what)
-        facts: dict[str, Any] = {"status": folder.status, "config": folder.config, "method": folder.method}
-        facts |= {"runs": summarise([folder.path]), "samples": folder.samples}
-        state = f"{folder.path}: {folder.status['state']} {folder.status.get('message', '')}"
-        parts = [state, (folder.path / "config.toml").read_text(), text_table(facts["runs"]), method_text(folder.method)]
-        parts.append(samples_text(folder.samples))
-        show(facts, json_, "\n".join(f"{part}\n" for part in parts if part).rstrip())
-        return
-    entry, kind = _entry(what)
-    options = [{"name": o.name, "type": o.type_name, "default": str(o.default)} for o in entry.options().values()]
-    text = f"{entry.name} ({kind}): {entry.summary}\n{entry.paper} {entry.url}\n\n"
-    text += "\n".join(f"  {o['name']} = {o['default']}  ({o['type']})" for o in options)
-    facts = {"name": entry.name, "kind": kind, "summary": entry.summary, "paper": entry.paper, "options": options}
-    show(facts, json_, f"{text}\n\n{inspect.getdoc(entry.load()) or ''}")
-
-
-def _entry(name: str) -> tuple[Any, str]:
-    from overproof.attacks import ATTACKS
-    from overproof.data import DATA
-    from overproof.errors import UnknownNameError
-    from overproof.evolution import EVOLUTIONS
-    from overproof.guards import GUARDS
-    from overproof.methods import METHODS
-    from overproof.models import MODELS
-    from overproof.probes import PROBES
-
-    tables = (METHODS, ATTACKS, MODELS, DATA, GUARDS, EVOLUTIONS, PROBES)
-    for table in tables:
-        if name in table:
-            return table.get(name), table.kind
-    raise UnknownNameError("run folder or name", name, [n for table in tables for n in table.names()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,15 @@ from typing import Any
 import numpy as np
 
 from overproof.folder import write_arrays, write_json
+
+
+def fingerprint(run: str | Path, which: str) -> str:
+    """What the "best" or "last" weights of a run are known by, whenever and wherever their file was written; "" without a file."""
+    try:
+        with (Path(run) / "weights" / f"{which}.safetensors").open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)

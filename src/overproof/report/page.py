@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from overproof.console import note
 from overproof.folder import atomic
 from overproof.report import charts, maps
+from overproof.report.attacked import bounded
 from overproof.report.detection import detected
 from overproof.report.drawing import swatch
 from overproof.report.explanation import explained
@@ -21,7 +23,7 @@ from overproof.report.payers import fallen, payers, verdict
 from overproof.report.purifier import purified
 from overproof.report.reading import Run, read_runs
 from overproof.report.seeds import group_by_seed
-from overproof.report.table import amount, binomial, bounded, columns, duration, percent, row, work
+from overproof.report.table import amount, binomial, columns, duration, on_fewer, percent, row, work
 from overproof.report.text import notes
 from overproof.report.values import number
 from overproof.report.words import sample_rows
@@ -39,8 +41,8 @@ def write_report(
     """Write the report on one or several runs, from their folders alone.
 
     Args:
-        folders: run folders; finished, running, failed or damaged.
-        output: the file to write; by default report.html in the run folder, or beside the first of several.
+        folders: run folders; finished, running, failed or damaged. A folder that is none stands for the runs in it.
+        output: the file to write; by default report.html in the folder, or beside the first of several.
         title: heading of the page; by default the run's name, or how many runs there are.
         baseline: with several seeds, the run or group of runs that the others are compared with, seed by seed.
 
@@ -54,18 +56,27 @@ def write_report(
     import jinja2
 
     runs = read_runs(folders)
-    first = runs[0].folder.path
-    path = Path(output) if output else (first if len(runs) == 1 else first.resolve().parent) / "report.html"
+    first, alone = Path(folders[0]), len({Path(folder).resolve() for folder in folders}) == 1
+    path = Path(output) if output else (first if alone else first.resolve().parent) / "report.html"
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "amount": amount, "duration": duration}
-    environment.globals |= {"binomial": binomial, "swatch": swatch, "number": number, "work": work, "bounded": bounded}
+    environment.globals |= {
+        "binomial": binomial,
+        "swatch": swatch,
+        "number": number,
+        "work": work,
+        "bounded": bounded,
+        "on_fewer": on_fewer,
+    }
     environment.globals |= {"guard_rows": guard_rows, "fallen": fallen, "verdict": verdict, "sample_rows": sample_rows}
     html = environment.get_template("page.html").render(_content(runs, title, baseline))
     with atomic(path) as file:
         file.write(html.encode("utf-8", "replace"))
+    for text in dict.fromkeys(text for run in runs for text in run.warnings):
+        note(f"note: {text}")
     return path
 
 

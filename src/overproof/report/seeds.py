@@ -97,6 +97,7 @@ def _merge(label: str, found: Sequence[Row]) -> Row:
     states = {row["state"] for row in found}
     merged = {
         **{key: first[key] for key in ("method", "data", "model", "parameters", "samples", "protocol", "config")},
+        **{key: first[key] for key in ("worst", "attacks_samples", "robust_samples", "apart")},
         "name": label,
         "state": states.pop() if len(states) == 1 else "mixed",
         "seeds": seeds,

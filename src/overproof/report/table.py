@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overproof.report.attacked import Attacked, attacked, bounded
 from overproof.report.reading import Run, read_runs
 from overproof.report.values import number
 
@@ -18,14 +19,16 @@ SUSPECTED = "masked gradients suspected"
 
 
 def summarise(folders: Sequence[str | Path]) -> list[Row]:
-    """One row per run folder: what it is, and the figures of its main evaluation (None where nothing was measured).
+    """One row per run folder: what it is, and the figures of the evaluation that stands for it (None where nothing was measured).
 
-    Accuracies are shares in [0, 1]; `clean_se`, `robust_se` and `attacks_se` are binomial standard errors
-    sqrt(p (1 - p) / n) over the n images of that evaluation. `robust` is the worst case over the attacks in `attacks`; `suspected`
-    says that the sanity panel suspects masked gradients, and `sizes` has the median change that an attack without radius needs.
+    Accuracies are shares in [0, 1]; `clean_se`, `robust_se` and `attacks_se` are binomial standard errors sqrt(p (1 - p) / n) over n
+    images. Attacks are those of all evaluations of the same images and weights; `attacks_samples` and `robust_samples` say on how many
+    images. `robust` is the worst case over the attacks in `worst`; `suspected` says that the sanity panel suspects masked gradients,
+    and `sizes` has the median change that an attack without radius needs. `apart` says in what the evaluation is not one of the run's
+    own test images and best weights, `outdated` and `damaged` name evaluations that were not used, `warnings` tell of files.
 
     Args:
-        folders: run folders; each is listed once.
+        folders: run folders, or folders that hold some; each run is listed once.
 
     Raises:
         FolderError: a folder does not exist or holds no run.
@@ -36,11 +39,8 @@ def summarise(folders: Sequence[str | Path]) -> list[Row]:
 def row(run: Run) -> Row:
     """The row of one run."""
     found, method = run.evaluation, run.section("method")
-    samples = found.get("samples")
-    known = found.get("attacks", {})
-    attacks = {name: known[name]["robust"] for name in bounded(known)}
-    sizes = {name: facts["sizes"].get("median") for name, facts in known.items() if name not in attacks}
-    clean, robust = found.get("clean"), found.get("worst_case")
+    samples, clean, seen = found.get("samples"), found.get("clean"), attacked(run)
+    attacks = {name: seen.attacks[name]["robust"] for name in bounded(seen.attacks)}
     return {
         "name": run.name,
         "path": str(run.folder.path),
@@ -54,24 +54,26 @@ def row(run: Run) -> Row:
         "samples": samples,
         "clean": clean,
         "clean_se": binomial(clean, samples),
-        "robust": robust,
-        "robust_se": binomial(robust, samples),
+        "robust": seen.robust,
+        "robust_se": binomial(seen.robust, seen.samples),
+        "robust_samples": seen.samples,
+        "worst": seen.worst,
         "attacks": attacks,
-        "attacks_se": {name: binomial(share, samples) for name, share in attacks.items()},
-        "sizes": sizes,
-        "suspected": bool(found.get("sanity", {}).get("suspected")),
+        "attacks_se": {name: binomial(share, seen.images[name]) for name, share in attacks.items()},
+        "attacks_samples": seen.images,
+        "sizes": {name: facts["sizes"].get("median") for name, facts in seen.attacks.items() if name not in attacks},
+        "suspected": seen.suspected,
         "agreement": number(found.get("agreement", {}).get("clean")),
         "ece": found.get("ece"),
         "seconds": number(run.status.get("seconds")),
         "se": "binomial",
-        "protocol": _protocol(found),
+        "protocol": _protocol(found, seen),
+        "apart": list(run.measured(run.chosen).values()) if run.chosen else [],
+        "outdated": run.outdated,
+        "damaged": run.damaged,
+        "warnings": run.warnings,
         "config": run.config,
     }
-
-
-def bounded(attacks: dict[str, dict[str, Any]]) -> list[str]:
-    """The attacks with a radius. One without breaks nearly everything: its figure is the size of the change."""
-    return [name for name, facts in attacks.items() if not facts.get("sizes")]
 
 
 def binomial(share: float | None, samples: float | None) -> float | None:
@@ -81,11 +83,13 @@ def binomial(share: float | None, samples: float | None) -> float | None:
     return math.sqrt(share * (1 - share) / samples)
 
 
-def _protocol(found: dict[str, Any]) -> tuple[str, str] | None:
+def _protocol(found: dict[str, Any], seen: Attacked) -> tuple[str, str] | None:
     """What must be equal for two clean, and two robust, accuracies to be comparable."""
     if not found:
         return None
-    attacks = {name: [facts[key] for key in ("attack", "threat", "eps")] for name, facts in found["attacks"].items()}
+    attacks = {
+        name: [*(facts[key] for key in ("attack", "threat", "eps")), seen.images[name]] for name, facts in seen.attacks.items()
+    }
     images = [found.get("data"), found.get("split"), found.get("samples")]
     return json.dumps(images, default=str), json.dumps(attacks, default=str, sort_keys=True)
 
@@ -127,6 +131,11 @@ def percent(share: float | None, error: float | None = None, sign: str = "") -> 
     return f"{100 * share:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
+def on_fewer(row: Row, images: float | None) -> str:
+    """A mark for a figure that rests on fewer images than the others of its row."""
+    return f" ({images:g} images)" if images is not None and row.get("samples") not in (None, images) else ""
+
+
 def amount(value: float | None) -> str:
     """A count with k, M or G."""
     if value is None:
@@ -158,7 +167,7 @@ def _text(key: str, head: str, hint: str) -> Column:
 
 def _share(key: str, head: str, hint: str, part: int = 0) -> Column:
     def show(row: Row) -> str:
-        text = percent(row[key], row.get(f"{key}_se"))
+        text = percent(row[key], row.get(f"{key}_se")) + on_fewer(row, row.get(f"{key}_samples"))
         return f"{text}, {SUSPECTED}" if part and row.get("suspected") and row[key] is not None else text
 
     return Column(head, hint, lambda row: row[key], show, best=1, part=part)
@@ -166,7 +175,7 @@ def _share(key: str, head: str, hint: str, part: int = 0) -> Column:
 
 def _attack(name: str) -> Column:
     def show(row: Row) -> str:
-        text = percent(row["attacks"].get(name), row["attacks_se"].get(name))
+        text = percent(row["attacks"].get(name), row["attacks_se"].get(name)) + on_fewer(row, row["attacks_samples"].get(name))
         return f"{text} (?)" if row.get("suspected") and name in row["attacks"] else text
 
     hint = f"robust accuracy under {name} alone, in per cent"
@@ -177,8 +186,11 @@ def _size(name: str) -> Column:
     def value(row: Row) -> Any:
         return row["sizes"].get(name)
 
+    def show(row: Row) -> str:
+        return _decimals(value(row)) + on_fewer(row, row["attacks_samples"].get(name))
+
     hint = f"median size of the change that {name} needs to fool the model"
-    return Column(f"{name} size", hint, value, lambda row: _decimals(value(row)), best=1, part=1)
+    return Column(f"{name} size", hint, value, show, best=1, part=1)
 
 
 def _difference(key: str) -> Column:

@@ -21,7 +21,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"Δ: difference from {base}, paired by seed."
         for base in dict.fromkeys(filter(None, (row.get("baseline") for row in rows)))
     ]
-    sets = list(dict.fromkeys(tuple(row["attacks"]) for row in rows if row["robust"] is not None))
+    sets = list(dict.fromkeys(tuple(row["worst"]) for row in rows if row["robust"] is not None))
     said += [f"Robust accuracy (worst case over: {', '.join(names)})." for names in sets]
     masked = [row["name"] for row in rows if row.get("suspected")]
     if masked:
@@ -38,9 +38,26 @@ def notes(rows: Sequence[Row]) -> list[str]:
         said.append(
             "The runs were attacked differently: their robust accuracies are not comparable, and none is marked as best."
         )
-    missing = [row["name"] for row in rows if row["clean"] is None]
+    missing = [row["name"] for row in rows if row["clean"] is None and not row.get("damaged") and not row.get("outdated")]
     if missing:
         said.append(f"No evaluation was made of: {', '.join(missing)}.")
+    return said + [text for row in rows for text in _caveats(row)]
+
+
+def _caveats(row: Row) -> list[str]:
+    """What other images or weights than its own the figures of a row are of, and which evaluations have no part in them."""
+    name, said = row["name"], []
+    if row["apart"]:
+        said.append(
+            f"Not on its own test images with its best weights, which nobody evaluated: {name} ({', '.join(row['apart'])})."
+        )
+    left_out = {
+        "damaged": ("Damaged", "Delete the file and evaluate again."),
+        "outdated": ("Out of date, since the run has other weights now", "Evaluate again."),
+    }
+    for key, (why, remedy) in left_out.items():
+        if row.get(key):
+            said.append(f"{why}, and left out of the row of {name}: {', '.join(row[key])}. {remedy}")
     return said
 
 

@@ -18,7 +18,7 @@ from overproof.data.extra import check_numbers_of_classes
 from overproof.errors import OverproofError, UsageError
 from overproof.evaluation.evaluator import evaluate, make_attacks
 from overproof.evaluation.partial import discard
-from overproof.evaluation.records import Evaluation
+from overproof.evaluation.records import Evaluation, fingerprint
 from overproof.folder import RunFolder, plain
 from overproof.methods.objective import Objective
 from overproof.models import create_model
@@ -52,9 +52,10 @@ def evaluate_run(
         )
     wanted = check_name(name) or name_of(options["attacks"], options.get("split", "test"))
     unfinished = _unfinished(folder, wanted)
+    made_of = fingerprint(folder.path, which)  # before they are read: training may go on meanwhile
     model = load_model(folder.path, which, trusted=trusted)
     result = _measure(model, config, trusted=trusted, resume=unfinished, names=folder.data.get("classes", ()), **options)
-    summary = {**result.summary, "weights": which, "model": config.model.name}
+    summary = {**result.summary, "weights": which, "fingerprint": made_of, "model": config.model.name}
     summary["protocol"] = plain({**summary["protocol"], "weights": which})
     summary["name"] = free_name(folder, wanted, summary["protocol"])
     result = Evaluation(summary, result.samples, result.gallery)
@@ -241,6 +242,7 @@ def judge_run(
                 resume=_unfinished(folder, f"test-{which}"),
             )
         facts: dict[str, Any] = {"weights": which, "data": config.data.name, "split": "test", "model": config.model.name}
+        facts["fingerprint"] = fingerprint(folder.path, which)
         if done.summary["agreement"] and config.teacher is not None:
             facts["agreement"] = {**done.summary["agreement"], "teacher": config.teacher.run or config.teacher.name}
         if console.leading():
