@@ -28,7 +28,8 @@ from overproof.guards.purifier_base import Level
 from overproof.networks import device_of, on_device
 from overproof.run.guard_detection import TRANSFER, detection_of
 from overproof.run.guarding import guard_data, load_guarded
-from overproof.run.judging import check_name, free_name, name_of, part_of
+from overproof.run.judging import part_of
+from overproof.run.naming import check_name, free_name, name_of
 from overproof.run.purifying import check_levels, purifier_pictures, sigma_curve
 
 BLIND = (

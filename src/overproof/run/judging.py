@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from overproof.methods.objective import Objective
 from overproof.models import create_model
 from overproof.models.weights import fill, fill_foreign, load_model, read_state
 from overproof.registry import convert
+from overproof.run.naming import check_name, free_name, name_of
 from overproof.run.prepare import USER, UserData, data_of, with_data
 from overproof.run.robust import watched
 
@@ -188,27 +188,6 @@ def part_of(splits: Splits, split: str, limit: int | None) -> Any:
     if chosen is None:
         raise UsageError(f"The data have no {split} split; use --split train, or set data.validation or data.test.")
     return chosen if limit is None else chosen.subset(stratified_subset(chosen.labels, limit))
-
-
-def check_name(name: str | None) -> str | None:
-    """`name`, if it can name a file."""
-    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"--name {name!r}: use letters, digits, dots, dashes and underscores.")
-    return name
-
-
-def free_name(folder: RunFolder, wanted: str, protocol: dict[str, Any]) -> str:
-    """`wanted`, unless it stands for a measurement made differently: that one is kept and the new one numbered."""
-    known, name, number = folder.evaluations, wanted, 2
-    while name in known and known[name].get("protocol") != protocol:
-        name, number = f"{wanted}-{number}", number + 1
-    return name
-
-
-def name_of(attacks: Mapping[str, Any], split: str) -> str:
-    """What an evaluation is called that nobody has named."""
-    text = "-".join([split, *attacks]) if attacks else split
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[:80]
 
 
 def judge_run(
