@@ -120,7 +120,8 @@ def _try_training(student: nn.Module, images: Tensor) -> None:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(
             f"The student returns {found} for {len(few)} images in train mode, where it has to return logits of shape (N, K) as in eval mode. "
-            "Wrap it so that it returns its logits alone, or switch its auxiliary outputs off (torchvision: aux_logits=False)."
+            "Wrap it so that it returns its logits alone, or switch its auxiliary outputs off (torchvision: aux_logits=False, on the "
+            "command line --set model.aux_logits=false)."
         )
     if not logits.requires_grad:
         raise UsageError(
