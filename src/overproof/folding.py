@@ -35,7 +35,8 @@ class Folded(nn.Module):
             last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last else torch.contiguous_format
             images = images.view_as(images)
-            images.register_hook(lambda gradient: gradient.contiguous(memory_format=layout))  # type: ignore[no-untyped-call]
+            # No gradient at all arrives behind operators that have none, such as those of quantised layers.
+            images.register_hook(lambda gradient: gradient if gradient is None else gradient.contiguous(memory_format=layout))  # type: ignore[no-untyped-call]
         return self.net(images)  # type: ignore[no-any-return]
 
     @torch.no_grad()

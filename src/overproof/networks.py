@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from overproof.errors import UsageError
+
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Literal["eval", "train", "keep"] = "eval") -> Iterator[None]:
@@ -23,6 +25,23 @@ def in_mode(model: nn.Module, mode: Literal["eval", "train", "keep"] = "eval") -
     finally:
         for module, training in before:
             module.training = training
+
+
+def require_network(given: object, place: str, also: str = "") -> None:
+    """See that `given` is a network.
+
+    Args:
+        given: what a caller named.
+        place: what it is called.
+        also: what else it could have been.
+
+    Raises:
+        UsageError: a class instead of an instance, or something else; names the remedy.
+    """
+    if isinstance(given, type):
+        raise UsageError(f"{place} is the class {given.__name__}; pass an instance, {given.__name__}().")
+    if not isinstance(given, nn.Module):
+        raise UsageError(f"{place} is {type(given).__name__} ({str(given)[:80]!r}); pass a torch.nn.Module{also}.")
 
 
 def device_of(model: nn.Module) -> torch.device:

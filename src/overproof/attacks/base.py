@@ -59,6 +59,10 @@ class BudgetAttack:
 
     def __post_init__(self) -> None:
         make_ball(self.norm, self.eps)
+        if isinstance(step := getattr(self, "step_size", None), str):
+            raise UsageError(
+                f"{type(self).__name__}(step_size={step!r}): in Python write a number, such as 2/255 without quotes."
+            )
 
     @property
     def threat(self) -> Threat:
@@ -159,8 +163,22 @@ def classes_of(logits: Tensor) -> Tensor:
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """The model's output, checked to be logits of shape (N, K)."""
-    logits: Tensor = model(images)
+    try:
+        logits: Tensor = model(images)
+    except RuntimeError as error:
+        _refuse_other_precision(model, images, error)
+        raise
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"The model returned {found} for {len(images)} images; a classifier returns logits of shape (N, K).")
     return logits
+
+
+def _refuse_other_precision(model: nn.Module, images: Tensor, error: RuntimeError) -> None:
+    """Say what is the matter if a forward failed because weights and images have different types."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {images.dtype}
+    if kinds and "type" in str(error):  # "dtype", "scalar type", "Input type ... and weight type"
+        raise UsageError(
+            f"The weights are {', '.join(sorted(map(str, kinds)))}, the images {images.dtype} ({str(error).splitlines()[0]}). Training, "
+            "evaluation and attacks are in float32: call .float() on the model."
+        ) from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from overproof.attacks.base import Attack, predictions, won
 from overproof.attacks.randomness import Streams
+from overproof.attacks.spelling import refuse_class, spelled
 from overproof.attacks.threats import AnyNorm, Threat
 from overproof.errors import NoGradientError, UsageError
 from overproof.folding import folded
@@ -28,7 +29,7 @@ class Combined(Attack, Protocol):
 
 
 def build(inner: Any, **options: Any) -> Attack:
-    """An attack from a value, a registered name, or options such as {"attack": "pgd", "steps": 40}.
+    """An attack from a value, a registered name, also with options ("pgd:steps=40"), or options such as {"attack": "pgd", "steps": 40}.
 
     Args:
         inner: what to build; a value is changed by the options.
@@ -41,11 +42,12 @@ def build(inner: Any, **options: Any) -> Attack:
 
     options = {key: value for key, value in options.items() if value is not None}
     if isinstance(inner, str):
-        inner = {"attack": inner}
+        inner = spelled(inner)
     if isinstance(inner, Mapping):
         named = dict(inner)
         made: Attack = ATTACKS.create(named.pop("attack"), **{**options, **named})
         return made
+    refuse_class(inner, "An attack within another")
     try:
         changed: Attack = replace(inner, **options) if options else inner
     except TypeError as error:

@@ -36,7 +36,13 @@ class Threat(ABC):
     eps: float
 
     def __post_init__(self) -> None:
-        if not self.eps >= 0:
+        try:
+            fits = bool(self.eps >= 0)
+        except TypeError:  # such as "8/255", which options in text may say
+            raise UsageError(
+                f"{type(self).__name__}(eps={self.eps!r}): the radius must be a number; in Python write 8/255 without quotes."
+            ) from None
+        if not fits:
             raise UsageError(f"{type(self).__name__}(eps={self.eps}): the radius must be a number and at least 0.")
         if isinstance(self, Linf) and 1 < self.eps < math.inf:
             raise UsageError(f"Linf(eps={self.eps:g}): pixels lie in [0, 1]; write 8/255 for eight grey levels.")

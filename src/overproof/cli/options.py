@@ -49,6 +49,7 @@ def numbers(text: str) -> list[int]:
 
 def attacks_of(specs: Sequence[str], overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """`--attack NAME[:key=value,...]`, NAME also as LIBRARY:NAME, with `--set attack.key=value` for all of them; returns the other overrides too."""
+    from overproof.attacks.spelling import spelled
     from overproof.config import parse_override
 
     common: dict[str, Any] = {}
@@ -57,21 +58,10 @@ def attacks_of(specs: Sequence[str], overrides: Sequence[str]) -> tuple[dict[str
             common |= parse_override(text)["attack"]
     named: dict[str, dict[str, Any]] = {}
     for spec in specs:
-        name, rest = _name_and_options(spec)
-        own: dict[str, Any] = {}
-        for part in filter(None, rest.split(",")):
-            own |= parse_override(part)
-        named[spec] = {"attack": name, **common, **own}
+        named[spec] = {**common, **spelled(spec)}
     if common and not named:
         raise UsageError("--set attack.… needs an --attack to belong to, for example --attack pgd.")
     return named, [text for text in overrides if not text.startswith("attack.")]
-
-
-def _name_and_options(spec: str) -> tuple[str, str]:
-    """`pgd:steps=20` and `foolbox:LinfPGD:steps=20`: what has no equals sign belongs to the name."""
-    parts = spec.split(":")
-    last = next((i for i, part in enumerate(parts) if "=" in part), len(parts))
-    return ":".join(parts[:last]), ":".join(parts[last:])
 
 
 def layer(**given: Any) -> dict[str, Any]:

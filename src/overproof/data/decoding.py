@@ -18,13 +18,14 @@ from torch import Tensor
 from overproof import console
 from overproof.data.images import ImageSet
 from overproof.data.pixels import shape_error
-from overproof.data.streams import StreamSet, UnreadableError
+from overproof.data.streams import REMEDY, StreamSet, UnreadableError, unreadable
 from overproof.errors import DataError
 
 GIB = 2**30
 _CHUNK = 256
 _SMALL = 16 * 1024  # bytes
 _PROBE = 100  # images looked at to tell grey from colour in a set too large to read first
+RESIZE = "Resize all with image_size=32, say (on the command line --set data.image_size=32)."
 _GREY = ("1", "L", "LA", "La")
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
@@ -129,15 +130,13 @@ class DecodedDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
         except DataError:
             raise
         except Exception as error:  # decoders raise whatever broken bytes provoke
-            raise UnreadableError(
-                f"{name} is not a readable image ({error}). Repair or remove it, or leave such images out with "
-                'on_error="skip".',
-                name,
-            ) from error
+            raise UnreadableError(f"{name} is not a readable image ({error}). {REMEDY.replace('them', 'it')}", name) from error
         if self.shape is not None and found.shape[1:] != self.shape[1:]:
-            raise shape_error({"the first image": self.shape, name: found.shape}, "Resize all with image_size=32, say.")
+            raise shape_error({"the first image": self.shape, name: found.shape}, RESIZE)
         if self.shape is not None and len(found) > self.shape[0]:
-            raise _ColourError(f"{name} is in colour, but the images before it are grey. Give channels=3 (or 1).")
+            raise _ColourError(
+                f"{name} is in colour, but the images before it are grey. Give channels=3 or 1 (--set data.channels=3)."
+            )
         return found if self.shape is None or len(found) == self.shape[0] else found.repeat(self.shape[0], axis=0)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
@@ -182,23 +181,23 @@ def read_images(
 def _probe(dataset: DecodedDataset, name: str) -> tuple[int, int, int]:
     """Shape of the images: size of the first, in colour if any of the first ones is."""
     shape: tuple[int, ...] | None = None
+    errors = []
     for row in range(len(dataset)):
         if shape is not None and (row >= _PROBE or shape[0] == 3):
             break
         try:
             found = dataset.array(row).shape
-        except UnreadableError:
-            if dataset.how.on_error == "raise":
-                raise
+        except UnreadableError as error:
+            errors.append(error)  # told together with the others
             continue
         shape = found if shape is None else (max(shape[0], found[0]), *shape[1:])
     if shape is None:
-        raise DataError(f"{name}: none of its {len(dataset)} images can be read.")
+        raise unreadable(errors, len(dataset), name)
     return shape[0], shape[1], shape[2]
 
 
 def _fill(dataset: DecodedDataset, name: str) -> tuple[np.ndarray, dict[int, UnreadableError]]:
-    """All images, and what went wrong by row; with on_error="raise" the first error is raised."""
+    """All images, and what went wrong by row; with on_error="raise" all of it is raised as one."""
     images = np.empty((len(dataset), *(dataset.shape or ())), dtype=np.uint8)
     errors: dict[int, UnreadableError] = {}
 
@@ -208,8 +207,6 @@ def _fill(dataset: DecodedDataset, name: str) -> tuple[np.ndarray, dict[int, Unr
             try:
                 images[row] = dataset.array(row)
             except UnreadableError as error:
-                if dataset.how.on_error == "raise":
-                    raise
                 met[row] = error
         return met
 
@@ -218,6 +215,8 @@ def _fill(dataset: DecodedDataset, name: str) -> tuple[np.ndarray, dict[int, Unr
         for number, met in enumerate(_in_order(futures)):
             errors |= met
             bar.update(min((number + 1) * _CHUNK, len(dataset)))
+    if errors and dataset.how.on_error == "raise":
+        raise unreadable(list(errors.values()), len(dataset), name)
     return images, errors
 
 

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import torch
 
+from overproof import console
 from overproof.data.decoding import GIB, Channels, Decoding, OnError, read_images
 from overproof.data.splits import Images, Parts
 from overproof.errors import DataError
 
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"))
 _PARTS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test", "testing")}
+
+_REMEDIES = {
+    "test": "Put some there, or remove that folder and hold out a share of every class with data.test=0.2 (--set data.test=0.2). ",
+    "validation": "Put some there, or remove that folder, and a share of the training images is held out (data.validation=0.1). ",
+}
 
 
 class _Files:
@@ -65,21 +71,26 @@ def folder(
     classes = _classes(found["train"], top)
     if not classes:
         raise DataError(f"{found['train']} holds no folders. Put the images of each class into a folder of its own.")
-    return {part: _read(path, top, classes, how) for part, path in found.items()}
+    return {part: _read(part, path, top, classes=classes, how=how) for part, path in found.items()}
 
 
-def _read(path: Path, top: Path, classes: list[str], how: Decoding) -> Images:
+def _read(part: str, path: Path, top: Path, *, classes: list[str], how: Decoding) -> Images:
     unknown = [name for name in _classes(path, top) if name not in classes]
     if unknown:
         raise DataError(f"{path / unknown[0]}: the class {unknown[0]!r} is not among the train classes ({len(classes)}).")
-    paths, labels = [], []
+    paths, labels, absent = [], [], []
     for label, name in enumerate(classes):
         files = _images(path / name, top) if (path / name).is_dir() else []
         paths += files
         labels += [label] * len(files)
+        absent += [] if files else [name]
     if not paths:
         known = ", ".join(sorted(EXTENSIONS))
-        raise DataError(f"{path} holds no images in its class folders. Known kinds of files: {known}.")
+        remedy = _REMEDIES.get(part, "")
+        raise DataError(f"{path} holds no images in its class folders. {remedy}Known kinds of files: {known}.")
+    if absent:
+        shown = f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}"
+        console.note(f"note: {path} holds no image of {len(absent)} of the {len(classes)} classes: {shown}.")
     found = read_images(_Files(paths, top), torch.tensor(labels), classes=classes, name=f"folder:{top}", how=how)
     found.files = tuple(file.relative_to(top).as_posix() for file in paths)
     return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
@@ -105,10 +106,7 @@ class IterableLoader:
         pair = isinstance(item, tuple | list) and len(item) == 2
         if not pair or not all(isinstance(part, Tensor) for part in item):
             kind = [type(part).__name__ for part in item] if isinstance(item, tuple | list) else type(item).__name__
-            raise DataError(
-                f"{place} is {kind}; expected a pair of tensors (images, labels). A Dataset of single images goes into "
-                "a torch.utils.data.DataLoader first."
-            )
+            raise DataError(f"{place} is {kind}; expected a pair of tensors (images, labels). {_remedy(item)}")
         return item[0], item[1]
 
     def _seeded(self, epoch: int) -> Iterator[Any]:
@@ -138,6 +136,16 @@ class IterableLoader:
             return batch
         generator = generator_for("augment", self.seed, epoch, number, self.rank)
         return Batch(*self.augment(batch.images, batch.labels, generator), batch.index)
+
+
+def _remedy(item: Any) -> str:
+    """How to make a batch of what is none."""
+    if isinstance(item, Mapping):
+        return f"Yield (images, labels), taken from its keys ({', '.join(map(str, item))})."
+    parts = item if isinstance(item, tuple | list) else [item]
+    if any(isinstance(part, np.ndarray) for part in parts):
+        return "Make tensors of the arrays with torch.from_numpy(...), images of shape (N, C, H, W) and labels of shape (N,)."
+    return "A Dataset or list of single images goes into a torch.utils.data.DataLoader first."
 
 
 def _seed_global(*parts: int) -> None:

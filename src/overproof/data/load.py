@@ -134,7 +134,9 @@ def divided(
     if judged is not None and test is not None:
         raise UsageError(f"{name} has its own test part of {len(judged)} images; leave out data.test={test:g}.")
     if judged is None and not test:
-        raise DataError(f"{name} has no test part. Hold out a share of every class with data.test=0.2.")
+        raise DataError(
+            f"{name} has no test part. Hold out a share of every class with data.test=0.2 (on the command line --set data.test=0.2)."
+        )
     if test:
         train, judged = _held_out(train, test, seed)
     assert judged is not None

@@ -41,7 +41,8 @@ class Splits:
             if part is not None and part.shape != self.train.shape:
                 raise DataError(
                     f"{self.train.name}: images of the {name} part are {part.shape}, those of the train part "
-                    f"{self.train.shape} (channels, height, width). Give image_size=..., channels=3."
+                    f"{self.train.shape} (channels, height, width). Read all "
+                    "alike: image_size=32, channels=3, say (on the command line --set data.image_size=32 --set data.channels=3)."
                 )
             if part is not None and part.classes != self.train.classes:
                 raise DataError(f"{self.train.name}: the {name} part has other classes than the train part.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from overproof.data.iterables import as_floats, checked
 from overproof.data.order import Plan, generator_for
@@ -152,6 +153,21 @@ class _Items(Dataset[Any]):
             return as_image(item[0], f"image {row}"), class_number(item[1], row), row
         except DataError as error:
             return error
+        except Exception as error:  # a Dataset raises whatever its files provoke
+            return _raised(self.dataset, row, error)
+
+
+def _raised(dataset: Any, row: int, error: Exception) -> DataError:
+    """What a Dataset raised, with the place: on the way out of a worker the error keeps nothing but its text."""
+    while isinstance(dataset, Subset):
+        dataset, row = dataset.dataset, int(dataset.indices[row])
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    found = DataError(
+        f"Image {row} of the Dataset {type(dataset).__name__} cannot be read: {type(error).__name__}: {error} "
+        f"({where.filename}, line {where.lineno}). Repair or remove it, or leave it out with torch.utils.data.Subset."
+    )
+    found.__cause__ = error
+    return found
 
 
 def _collate(items: Iterable[tuple[Tensor, int, int] | DataError]) -> tuple[Any, ...]:

@@ -16,6 +16,8 @@ from overproof.data.pixels import as_image, check_images, check_labels, class_nu
 from overproof.errors import DataError
 
 SAMPLE = 1_000
+SHOWN = 10  # images that cannot be read and are named
+REMEDY = 'Repair or remove them, or leave such images out with on_error="skip" (on the command line --set data.on_error=skip).'
 
 
 class UnreadableError(DataError):
@@ -24,6 +26,19 @@ class UnreadableError(DataError):
     def __init__(self, message: str, name: str = "") -> None:
         super().__init__(message)
         self.name = name
+
+
+def unreadable(errors: Sequence[UnreadableError], count: int, name: str) -> UnreadableError:
+    """All that cannot be read in one message: the first ten, and how many of `count` there are."""
+    if len(errors) == 1 < count:
+        return errors[0]
+    shown = "".join(f"\n  {error.name} ({error.__cause__})" for error in errors[:SHOWN])
+    more = f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+    if len(errors) == count:
+        what, remedy = f"none of its {count} images can be read", "Repair them, or give other images."
+    else:
+        what, remedy = f"{len(errors)} of its {count} images cannot be read", REMEDY
+    return UnreadableError(f"{name}: {what}:{shown}{more}\n{remedy}", errors[0].name)
 
 
 class StreamSet:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from overproof.attacks.base import Attack
 from overproof.attacks.threats import Linf
 from overproof.errors import UsageError
+from overproof.registry import convert
 
 
 def check_curve(curve: Sequence[float], attacks: Mapping[str, Attack]) -> tuple[float, ...]:
-    """The radii of a robustness curve, ascending.
+    """The radii of a robustness curve, ascending; "8/255" is understood as in a configuration.
 
     Raises:
         UsageError: there is no attack to vary, it has no radius, or a radius is out of range.
@@ -21,6 +22,7 @@ def check_curve(curve: Sequence[float], attacks: Mapping[str, Attack]) -> tuple[
         raise UsageError(
             "A robustness curve needs an attack to vary: name one (--attack pgd, or attacks={'pgd': PGD()} in Python)."
         )
+    curve = [convert(eps, float, "The robustness curve") if isinstance(eps, str) else eps for eps in curve]
     for eps in curve:
         first = next(iter(attacks.values()))
         if not 0 <= eps < math.inf:

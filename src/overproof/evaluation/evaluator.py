@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from overproof import console
 from overproof.attacks.base import Attack
 from overproof.attacks.combined import build
+from overproof.attacks.spelling import refuse_class, spelled
 from overproof.attacks.threats import L1, L2, Linf, Threat
 from overproof.data import ImageSet, load_data
 from overproof.errors import DataError, UsageError
@@ -27,7 +28,7 @@ from overproof.evaluation.records import Evaluation
 from overproof.evaluation.sharing import Group, Share
 from overproof.evaluation.summary import conclude, running
 from overproof.evaluation.watch import with_margin
-from overproof.networks import device_of, in_mode, on_device
+from overproof.networks import device_of, in_mode, on_device, require_network
 
 
 def evaluate(
@@ -55,7 +56,7 @@ def evaluate(
     Args:
         model: images in [0, 1] -> logits (N, K). Its modes, parameters and buffers stay as they are.
         data: a registered name (its test part), an `ImageSet`, a Dataset of (image, label), a pair of tensors, or an iterable of (images, labels).
-        attacks: by name: attack values, or options with the key "attack"; or a sequence of registered names.
+        attacks: by name: attack values, or options with the key "attack"; or a sequence of registered names, also with options ("pgd:steps=20").
         curve: radii for which the first attack is repeated; an image broken at a smaller radius counts as broken at every
             larger one and is not attacked again. The curve of a minimum-norm attack is read off its sizes.
         teacher: for agreement: share of images on which both predict the same class.
@@ -75,6 +76,7 @@ def evaluate(
         DataError: empty data, bad pixels or labels, or a model that does not return (N, K).
         UsageError: an unknown attack or option.
     """
+    require_network(model, "model", " (overproof.load(RUN) gives that of a run)")
     attacks = with_margin(make_attacks(attacks)) if fisher else make_attacks(attacks)
     plan = Plan(attacks, check_curve(curve, attacks), seed, fisher)
     device = torch.device(device) if device is not None else device_of(model)
@@ -183,20 +185,23 @@ def _with_panel(done: Evaluation, judge: Judge, examples: list[tuple[Tensor, Ten
 
 
 def make_attacks(attacks: Mapping[str, Any] | Sequence[Any]) -> dict[str, Attack]:
-    """Attack values by name, from values, registered names, or options such as {"attack": "pgd", "steps": 20}."""
+    """Attack values by name, from values, registered names, also with options ("pgd:steps=20"), or {"attack": "pgd", "steps": 20}."""
     if isinstance(attacks, str):
         attacks = [attacks]
     given = dict(attacks) if isinstance(attacks, Mapping) else dict(map(_named, attacks))
     made: dict[str, Attack] = {}
     for name, attack in given.items():
+        refuse_class(attack, f"attacks[{name!r}]")
         if isinstance(attack, Mapping):
-            made[name] = build({"attack": name, **attack})
-        elif isinstance(attack, Attack):
-            made[name] = attack
+            made[name] = build({**({} if "attack" in attack else spelled(name)), **attack})
+        elif isinstance(attack, str | Attack):
+            made[name] = build(attack)
         else:
             raise UsageError(f"attacks[{name!r}] is {attack!r}; expected an attack such as PGD(eps=8/255).")
     return made
 
 
 def _named(attack: Any) -> tuple[str, Any]:
-    return (attack, {"attack": attack}) if isinstance(attack, str) else (type(attack).__name__.lower(), attack)
+    if isinstance(attack, str):
+        return attack, spelled(attack)
+    return getattr(attack, "__name__", type(attack).__name__).lower(), attack

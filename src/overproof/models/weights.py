@@ -63,10 +63,10 @@ def load_model(run: str | Path, which: str = "best", model: nn.Module | None = N
     if model is None:
         facts = read_json(run / "model.json")
         if not isinstance(facts, dict) or not facts.get("spec"):
-            kind = facts.get("class", "unknown") if isinstance(facts, dict) else "unknown"
+            kind = facts.get("class") if isinstance(facts, dict) else None
             raise FolderError(
-                f"The model in {run} is a {kind} that Overproof did not build, so it cannot be rebuilt from the folder. Build it "
-                f"yourself and pass it: overproof.load({str(run)!r}, model=...), overproof.predict(..., model=...)."
+                f"The model in {run} {f'has the class {kind}, which' if kind else 'has a class that'} Overproof did not build, so it cannot be "
+                f"rebuilt from the folder. Build it yourself and pass it: overproof.load({str(run)!r}, model=...), overproof.predict(..., model=...)."
             )
         model = rebuild(facts["spec"], trusted=trusted)
     fill(model, read_state(path), path)

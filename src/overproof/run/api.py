@@ -19,6 +19,7 @@ from overproof.evaluation.evaluator import make_attacks
 from overproof.folder import RunFolder
 from overproof.methods import METHODS
 from overproof.models.weights import load_model
+from overproof.networks import require_network
 from overproof.run.environment import free
 from overproof.run.execute import Run, execute
 from overproof.run.given import refuse_idle, same_classes
@@ -129,6 +130,14 @@ def start(teacher: Any, student: Any, data: Any, given: dict[str, Any], *, sourc
         given: the other arguments of the verb by name.
         source: a network whose copy, under a new last layer, is the student.
     """
+    named = (
+        ("model" if teacher is None else "student", student),
+        ("teacher", teacher),
+        ("standard_teacher", given.get("standard_teacher")),
+    )
+    for place, network in named:
+        if network is not None and not isinstance(network, str | Path if "teacher" in place else str):
+            require_network(network, place, " or a run folder" if "teacher" in place else " or a registered name")
     method = given["method"] if isinstance(given["method"], str) else ",".join(given["method"])
     layer = _sort(method, given["options"])
     if data is None and given["validation_data"] is None and given["test_data"] is None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from overproof.config import RunConfig, resolve
-from overproof.errors import FolderError, UsageError
+from overproof.errors import FolderError, NonFiniteLossError, UsageError
 from overproof.folder import RunFolder
 
 CHOSEN = "OVERPROOF_RUN_"  # and the number of the call: environment variables that tell further processes the folder
@@ -30,6 +30,8 @@ def claim(folder: RunFolder, config: RunConfig, resume: bool) -> list[Path]:
     """Make the folder ours, or say who owns it; returns the folders that had to be made, the innermost first."""
     if folder.exists:
         state = folder.status.get("state")
+        if not resume and state == "failed":
+            raise FolderError(_dead_end(folder))
         if not resume:
             raise FolderError(
                 f"{folder.path} holds another run (state: {state}). Choose another --out, or continue it with "
@@ -52,6 +54,15 @@ def claim(folder: RunFolder, config: RunConfig, resume: bool) -> list[Path]:
     except OSError as error:
         raise FolderError(f"{folder.path} cannot be made: {error.strerror}.") from error
     return made
+
+
+def _dead_end(folder: RunFolder) -> str:
+    """What to do with the folder of a run that failed: where its numbers ran away, to go on would end in the same way."""
+    why = str(folder.status.get("message") or "")
+    known = f"{folder.path} holds a run that failed ({why.partition('. ')[0] or 'nobody knows why'}). Delete the folder, or choose another --out"
+    if why.startswith(NonFiniteLossError.__name__):
+        return f"{known}."
+    return f"{known}; if what stopped it was put right (a full disk, say), `overproof resume {folder.path}` continues it."
 
 
 def _differences(old: Any, new: Any, place: str = "") -> str:

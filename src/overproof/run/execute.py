@@ -227,8 +227,11 @@ def _recorded(folder: RunFolder, leader: bool, made: list[Path]) -> Iterator[Non
     except BaseException as error:
         if leader and folder.exists:
             state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            what = str(error) or (
+                "stopped at once, without a checkpoint of its own" if state == "interrupted" else "nothing more is known"
+            )
             with contextlib.suppress(OverproofError, OSError):  # the disk may be what failed
-                folder.write_status(state, message=f"{type(error).__name__}: {error}"[:2000])
+                folder.write_status(state, message=f"{type(error).__name__}: {what}"[:2000])
         elif leader:
             with contextlib.suppress(OSError):  # nothing began here: leave no trace
                 (folder.path / ".lock").unlink(missing_ok=True)

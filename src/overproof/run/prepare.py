@@ -11,20 +11,20 @@ import torch
 from torch import nn
 
 from overproof import console
-from overproof.attacks.base import Attack, logits_of
+from overproof.attacks.base import Attack
 from overproof.config import DataConfig, ModelConfig, RunConfig, resolve
-from overproof.data import DATA, NoImages, Splits, build_augment, load_data, load_extra, make_loader
+from overproof.data import DATA, NoImages, Splits, build_augment, load_data, load_extra
 from overproof.data.modifiers import same_source, split_name
-from overproof.errors import DataError, OverproofError, UnknownNameError, UsageError
+from overproof.errors import UnknownNameError, UsageError
 from overproof.evaluation.curves import check_curve
 from overproof.evaluation.evaluator import make_attacks
 from overproof.methods import METHODS
 from overproof.methods.objective import Objective
 from overproof.models import MODELS, create_model
 from overproof.models.weights import fill, read_state
-from overproof.networks import in_mode
 from overproof.registry import Registry
 from overproof.run.course import checked_evolution
+from overproof.run.first_look import ROLES, first_look, refuse_not_finite, refuse_single_class
 from overproof.run.numbering import check_numbers, rows_of
 from overproof.run.robust import check_extra, warm_up, with_attack
 from overproof.run.teachers import check_teachers, compare_names, make_teacher
@@ -33,7 +33,6 @@ from overproof.run.without_data import check_without_data, data_free, imagined
 
 USER = "(yours)"  # stands in the configuration for a module or data set that came as an object
 OF_ANY = ("validation", "split_seed", "root")  # keys of [data] that have a meaning for every set
-ROLES = ("student", "teacher", "standard teacher")
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ def checked(config: RunConfig, own_attacks: Mapping[str, Attack] | None = None) 
         return checked_evolution(config)
     entry = METHODS.get(config.method.name)
     entry.check(config.method.options, "method")
+    refuse_not_finite(config.method.options, f"method {config.method.name!r}")
     check_teachers(config, entry)
     check_without_data(config)
     if config.train.optimizer == "sgd" and "autoencoder" in entry.tags:
@@ -135,6 +135,8 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     splits = parts.data or data_of(config)
     torch.manual_seed(config.seed)
     student = parts.student
+    if student is None:
+        refuse_single_class(splits)
     if student is None and (parts.source is not None or config.model.run):
         student = transferred(config.model, len(splits.classes), source=parts.source, trusted=parts.trusted)
     elif student is None:
@@ -147,7 +149,7 @@ def prepare(config: RunConfig, parts: Parts) -> tuple[Objective, Splits | UserDa
     if any(teacher is student for teacher in teachers):
         raise UsageError("Student and teacher are the same module; give the student its own.")
     networks = (student, *teachers)
-    widths, shape = _probe(networks, splits)
+    widths, shape = first_look(networks, splits)
     if isinstance(splits, UserData) and not splits.classes:
         splits = replace(splits, classes=tuple(map(str, range(widths[0]))))  # so that labels are checked
     extra = next((given for given in (parts.extra, splits.extra, config.data.extra) if given is not None), None)
@@ -222,28 +224,3 @@ def _build(config: RunConfig, splits: Splits | UserData) -> nn.Module:
     if chosen.weights:
         fill(model, read_state(chosen.weights), Path(chosen.weights))
     return model
-
-
-def _probe(networks: tuple[nn.Module, ...], splits: Splits | UserData) -> tuple[list[int], tuple[int, int, int]]:
-    """One forward pass each: channels, size and labels must fit before anything is written. Returns class counts and image shape."""
-    batch = next(iter(make_loader(splits.train, 2).batches(0)))
-    images = batch.images[:2]
-    widths = []
-    for role, network in zip(ROLES, networks, strict=False):
-        device = next((p.device for p in network.parameters()), torch.device("cpu"))
-        try:
-            with in_mode(network), torch.no_grad():
-                widths.append(logits_of(network, images.to(device)).shape[1])
-        except OverproofError:
-            raise
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise UsageError(f"The {role} cannot take images of shape {tuple(images.shape[1:])}: {problem}") from error
-    if batch.labels.dim() == 1 and int(batch.labels.max()) >= widths[0]:
-        raise DataError(
-            f"Label {int(batch.labels.max())} does not exist for a model with {widths[0]} outputs (0 to {widths[0] - 1})."
-        )
-    if splits.classes and widths[0] < len(splits.classes):
-        raise UsageError(f"The model has {widths[0]} outputs, the data {len(splits.classes)} classes.")
-    channels, height, breadth = images.shape[1:]
-    return widths, (channels, height, breadth)
