@@ -1,7 +1,7 @@
 """What a purifier gains, what its statistics leak, and where attacks on the average land: tables for the runs of a recipe.
 
     overproof run recipes/nim-digits.toml --out runs/nim-digits
-    python benchmarks/nim_tables.py runs/nim-digits [--seeds 0,1] [--eps 32/255] [--images 400] [--steps 10] [--draws 10] [--only net] [--save]
+    python benchmarks/nim_tables.py runs/nim-digits [--seeds 0,1] [--eps 32/255] [--images 400] [--steps 10] [--draws 10] [--levels off,0,70] [--only net] [--save]
 
 The folder holds the runs nim, nim-plain (norm_pix off), mim, net, net-plain, net-mim, net-original and cnn, or some of them, for several
 seeds in seed-0, seed-1 and so on. Measured on the test part, at each level of the noise (of masks: share of the patches):
@@ -40,9 +40,9 @@ from overproof.models.weights import load_model
 from overproof.registry import convert
 from overproof.run.environment import environment
 from overproof.run.prepare import data_of
-from overproof.run.purifying import sigma_curve
+from overproof.run.purifying import levels_of, sigma_curve
 
-LEVELS: tuple[Any, ...] = ("off", 0, 35, 70, 105, 140)
+LEVELS = "off,0,35,70,105,140"
 SHARES: tuple[Any, ...] = ("off", 0.25, 0.5, 0.75, 0.9)
 ERRORS = (30.0, 70.0, 140.0)
 IMITATION = 3000  # steps of the small purifier
@@ -105,7 +105,7 @@ def turned(behind: Guarded, data: ImageSet, options: argparse.Namespace, seed: i
     eps = convert(options.eps, float, "--eps")
     pgd = PGD(eps=eps, steps=options.steps, step_size=eps / 4, early_stop=False)
     attacks = {"pgd": pgd, "eot": EOT(inner=pgd, samples=options.draws), "gray-box": Transfer(inner=pgd, source=behind.model)}
-    levels = SHARES if behind.purifier is not None and behind.purifier.facts["kind"] == "mask" else LEVELS
+    levels = SHARES if behind.purifier is not None and behind.purifier.facts["kind"] == "mask" else levels_of(options.levels)
     return _rows(sigma_curve(behind, data, attacks, levels, batch_size=options.batch_size, seed=seed, device=options.device))
 
 
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--strong", type=int, default=100, help="images of the strong attack; 0 leaves it out")
     parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--levels", default=LEVELS, help="of the noise")
     parser.add_argument("--only", action="append", help="names of classifiers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", action="store_true")

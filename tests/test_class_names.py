@@ -114,7 +114,7 @@ def test_a_module_of_ones_own_predicts_too(home: Path, tmp_path: Path) -> None:
     shares = run.model(pixels.float() / 255).softmax(dim=1)
     assert row.label == data.classes[int(shares.argmax())]
     assert row.probability == pytest.approx(float(shares.max().detach()), abs=1e-5)
-    with pytest.raises(UsageError, match="guards belong to the model"):
+    with pytest.raises(UsageError, match="guards belong to the weights"):
         predict(run.path, image, model=network(), guarded=True)
     (run.path / "data.json").unlink()
     with pytest.raises(UsageError, match="give image_shape"):

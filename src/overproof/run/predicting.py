@@ -70,7 +70,9 @@ def predict(
         UsageError: nobody says what images the model takes, they are not square, or `which` or `model` beside guards.
     """
     if guarded and (which != "best" or model is not None):
-        raise UsageError(f"which={which!r}, model=...: guards belong to the model and the weights that they were fitted for.")
+        raise UsageError(
+            f"which={which!r}, model=...: guards belong to the weights that they were fitted for, and to their model."
+        )
     paths = find_pictures([images] if isinstance(images, str | Path) else images)
     folder = RunFolder(run).require()
     asked: nn.Module = (
