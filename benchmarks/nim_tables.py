@@ -1,7 +1,7 @@
 """What a purifier gains, what its statistics leak, and where attacks on the average land: tables for the runs of a recipe.
 
     overproof run recipes/nim-digits.toml --out runs/nim-digits
-    python benchmarks/nim_tables.py runs/nim-digits [--seeds 0,1] [--eps 32/255] [--images 400] [--steps 10] [--draws 10] [--levels off,0,70] [--only net] [--save]
+    python benchmarks/nim_tables.py runs/nim-digits [--seeds 0,1] [--eps 32/255] [--images 400] [--steps 10] [--draws 10] [--only net] [--save]
 
 The folder holds the runs nim, nim-plain (norm_pix off), mim, net, net-plain, net-mim, net-original and cnn, or some of them, for several
 seeds in seed-0, seed-1 and so on. Measured on the test part, at each level of the noise (of masks: share of the patches):
@@ -12,7 +12,7 @@ seeds in seed-0, seed-1 and so on. Measured on the test part, at each level of t
 - the same for the small convolutional purifier, with the multiply-adds of purifiers and classifiers;
 - on the first `--strong` images, at a few levels, PGD of 40 steps (of eps / 10) on the average: where a stronger attack lands.
 
-Robust means right untouched and right under attack, on two draws of the noise: with dice that is less than the accuracy on attacked
+`--levels off,0,70` chooses other levels of the noise. Robust means right untouched and right under attack, on two draws of the noise: with dice that is less than the accuracy on attacked
 images alone, the more so the stronger the noise. Kept after every case with --save. Ends with one JSON line; figures are means over the
 seeds.
 """
