@@ -12,9 +12,9 @@ seeds in seed-0, seed-1 and so on. Measured on the test part, at each level of t
 - the same for the small convolutional purifier, with the multiply-adds of purifiers and classifiers;
 - on the first `--strong` images, at a few levels, PGD of 40 steps (of eps / 10) on the average: where a stronger attack lands.
 
-`--levels off,0,70` chooses other levels of the noise. Robust means right untouched and right under attack, on two draws of the noise: with dice that is less than the accuracy on attacked
-images alone, the more so the stronger the noise. Kept after every case with --save. Ends with one JSON line; figures are means over the
-seeds.
+`--levels off,0,70` chooses other levels of the noise. Robust means right untouched and right under attack, on two draws of the noise:
+with dice that is less than the accuracy on attacked images alone, the more so the stronger the noise. Kept after every case with
+--save. Ends with one JSON line; figures are means over the seeds.
 """
 
 from __future__ import annotations
