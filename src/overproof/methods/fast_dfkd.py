@@ -153,7 +153,7 @@ class FastDFKD(DataFree):
         groups: list[dict[str, Any]] = [{"params": list(weights.values())}, {"params": [noise], "lr": self.latent_lr}]
         optimizer = torch.optim.Adam(groups, self.source.lr, betas=self.source.betas)
         sums = {name: torch.zeros_like(p) for name, p in weights.items()}
-        classes: Tensor | None = None
+        hard, classes = self.game.adversarial > 0 and int(self.rounds) >= self.warmup, None
         best: tuple[float, Tensor, Tensor, dict[str, Tensor]] | None = None
         for _ in range(self.inner_steps):
             images = torch.func.functional_call(self.generator, weights, (noise,))
@@ -161,7 +161,7 @@ class FastDFKD(DataFree):
             target, seen = self._inspect(changed)
             if classes is None:
                 classes = torch.randint(target.shape[1], (count,), device=target.device)
-            terms, own = self._wishes(changed, target, classes, seen)
+            terms, own = self._wishes(changed, target, classes, seen, hard=hard)
             total = torch.stack(list(terms.values())).sum()
             if best is None or float(total.detach()) < best[0]:
                 values = {name: value.detach() for name, value in terms.items()}
@@ -182,9 +182,9 @@ class FastDFKD(DataFree):
         return Output(losses, best[2], figures(best[1], best[2]), labels=best[2].argmax(dim=1))
 
     def _wishes(
-        self, images: Tensor, target: Tensor, classes: Tensor, seen: dict[str, Tensor]
+        self, images: Tensor, target: Tensor, classes: Tensor, seen: dict[str, Tensor], *, hard: bool
     ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-        """Terms of L_i, and the batch's statistics at each normalisation."""
+        """Terms of L_i, the adversarial one if it is to be `hard`, and the batch's statistics at each normalisation."""
         game, terms, answer = self.game, {}, in_full(target)
         own = [batch_statistics(in_full(seen[name])) for name, _ in self._known()]
         if game.statistics:
@@ -195,7 +195,7 @@ class FastDFKD(DataFree):
             terms["statistics"] = game.statistics * torch.stack(gaps).sum()
         if game.onehot:
             terms["one-hot"] = game.onehot * cross_entropy(answer, classes).mean()
-        if game.adversarial and int(self.rounds) >= self.warmup:
+        if hard:
             with in_mode(self.student), frozen(self.student):
                 logits = in_full(self.student(images))
             agree = (logits.argmax(dim=1) == answer.argmax(dim=1)).to(logits.dtype)
@@ -204,9 +204,7 @@ class FastDFKD(DataFree):
 
     def _mixed(self, number: int, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Statistics of the batch together with those of the batches before, if there were any."""
-        if not int(self.rounds):
-            return own
-        share = self.momentum
+        share = self.momentum * (self.rounds > 0).to(own[0].dtype)  # nobody waits for a device to know
         mean, var = (share * past + (1 - share) * new for past, new in zip(self._past(number), own, strict=True))
         return mean, var
 
