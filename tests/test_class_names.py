@@ -131,3 +131,13 @@ def test_a_run_is_not_taken_up_on_other_data(tmp_path: Path) -> None:
     for other in ((images[:20], labels[:20]), (images, labels.flip(0)), (images.flip(0), labels)):
         with pytest.raises(UsageError, match="begun on other train images or labels"):
             overproof.train(network, other, resume=True, **how)
+
+
+def test_a_run_tells_how_many_images_were_left_out(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "data", {"a": 0, "b": 1})
+    (source / "train" / "a" / "broken.png").write_bytes(b"?")
+    with pytest.warns(UserWarning, match="left out 1 of 25 images"):
+        run = overproof.train(
+            "mlp", f"folder:{source}", data_options={"on_error": "skip"}, epochs=1, batch_size=4, out=tmp_path / "run"
+        )
+    assert run.folder.data["skipped"] == 1

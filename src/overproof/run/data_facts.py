@@ -54,6 +54,8 @@ def facts_of(data: Splits | UserData) -> dict[str, Any]:
     facts: dict[str, Any] = {"classes": list(data.classes), "counts": counts}
     shape = next((found for images in sets.values() if isinstance(found := getattr(images, "shape", None), tuple)), ())
     facts |= {"shape": list(shape)} if len(shape) == 3 else {}
+    skipped = {name for images in sets.values() for name in getattr(images, "skipped", ())}  # parts of one source share them
+    facts |= {"skipped": len(skipped)} if skipped else {}
     known = {part: images for part, images in sets.items() if getattr(images, "attribute", None) is not None}
     if known:
         first = next(iter(known.values())).attribute
