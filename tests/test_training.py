@@ -60,7 +60,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
     recipe = tmp_path / "run.toml"
     recipe.write_text(
         '[data]\nname="digits"\nlimit_train=600\nlimit_test=60\naugment=["crop:1","cutout:2"]\n[model]\nname="cnn"\nwidths=[4,8,8]\n'
-        '[method]\nname="pgd-at"\neps=0.1\nstep_size=0.05\nsteps=2\n[train]\nepochs=4\nbatch_size=16\nlr=0.05\naveraging="ema"\n'
+        '[method]\nname="pgd-at"\neps=0.1\nstep_size=0.05\nsteps=2\n[train]\nepochs=12\nbatch_size=16\nlr=0.05\naveraging="ema"\n'
         "checkpoint_seconds=0\nvalidation_steps=2\n"
     )
     config = resolve(overproof.folder.read_toml(recipe))
@@ -80,7 +80,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
             assert process.wait(300) == 0, process.stderr.read()
             break
         _wait_until_training(tmp_path / "killed", process)
-        time.sleep(moments.uniform(0, 0.25))
+        time.sleep(moments.uniform(0, 0.15))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
