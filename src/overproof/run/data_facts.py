@@ -24,8 +24,9 @@ def keep_data_facts(data: Splits | UserData, folder: RunFolder) -> None:
     Raises:
         UsageError: the run was begun on other data.
     """
-    check_same_data(data, folder)
-    if facts := facts_of(data):
+    facts = facts_of(data)
+    _compare(facts, folder)
+    if facts:
         write_json(folder.path / "data.json", facts)
 
 
@@ -35,7 +36,11 @@ def check_same_data(data: Splits | UserData, folder: RunFolder) -> None:
     Raises:
         UsageError: names the part.
     """
-    known, found = folder.data.get("digests", {}), facts_of(data).get("digests", {})
+    _compare(facts_of(data), folder)
+
+
+def _compare(facts: dict[str, Any], folder: RunFolder) -> None:
+    known, found = folder.data.get("digests", {}), facts.get("digests", {})
     for part in known.keys() & found.keys():
         if known[part] != found[part]:
             raise UsageError(
